@@ -1,0 +1,69 @@
+"""Rollouts as flat rows: the one form that everything below the public functions sees.
+
+Padded (B, T) and packed (N,) batches differ only in how a token finds its sequence; that difference lives in the three
+methods here and in `kernels/fastrl_kernels/policy.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Flat(NamedTuple):
+    """N token rows of S sequences. Tensors are contiguous; a None is an input that was not given."""
+
+    token_ids: Tensor  # (N,) int64
+    mask: Tensor | None  # (N,) bool
+    advantages: Tensor | None  # (N,) or (S,)
+    rewards: Tensor | None  # (R,), R >= S when this is a micro-batch of a larger batch
+    group_ids: Tensor | None  # (R,) int64
+    old_logps: Tensor | None  # (N,)
+    ref_logps: Tensor | None  # (N,)
+    rollout_logps: Tensor | None  # (N,)
+    sequence_ids: Tensor | None  # (N,) int32, packed only
+    cu_seqlens: Tensor | None  # (S + 1,) int64, packed only
+    lengths: Tensor  # (S,) fp32, valid tokens of each sequence
+    counts: Tensor  # (2,) fp32: valid tokens, sequences with a valid token
+    width: int  # T of a padded batch, 0 when packed
+    group_size: int  # 0 when not given
+    first_sequence: int  # place of sequence 0 within `rewards`
+    per_token_advantages: int  # 1 when `advantages` is (N,), 0 when it is (S,)
+
+    TENSORS = 12  # how many fields are tensors; the rest are ints (see `split_fields`)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.shape[0]
+
+    def split_fields(self) -> tuple[list[Tensor | None], list[int]]:
+        """Tensors and ints apart, the two lists that a custom operator can carry."""
+        return list(self[: self.TENSORS]), list(self[self.TENSORS :])
+
+    def valid(self) -> Tensor:
+        """(N,) bool: the tokens that count."""
+        if self.mask is None:
+            return torch.ones_like(self.token_ids, dtype=torch.bool)
+        return self.mask
+
+    def sequence_of_token(self) -> Tensor:
+        """(N,) int64: the sequence of each token."""
+        if self.sequence_ids is not None:
+            return self.sequence_ids.long()
+        rows = torch.arange(self.num_tokens, device=self.token_ids.device)
+        return rows // max(self.width, 1)
+
+    def per_token(self, per_sequence: Tensor) -> Tensor:
+        """(S,) -> (N,): each token takes its sequence's value."""
+        return per_sequence[self.sequence_of_token()]
+
+
+def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """(n,) -> (num_segments,): sums of the values that share a segment, differentiable."""
+    return values.new_zeros(num_segments).index_add(0, segment, values)

@@ -1,0 +1,137 @@
+"""Metrics as sums and counts, so that micro-batches and ranks merge exactly; the one table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fastrl.spec import LossSpec
+
+# Columns of the statistics vector that step B returns, in the order its kernel writes them. All are sums over valid
+# tokens, except the last two.
+STATISTICS = (
+    "clip_low",  # tokens with r < 1 − ε₋ and A < 0
+    "clip_high",  # tokens with r > 1 + ε₊ and A > 0
+    "dual_clip",  # tokens whose loss the dual clip replaced
+    "clamped",  # tokens whose log-ratio, or k3 exponent, was held at ±log_ratio_clamp
+    "ratio",
+    "ratio_square",
+    "approx_kl",  # old − logp
+    "approx_kl_k3",  # k3 of logp − old
+    "ref_kl",  # the spec's estimator against the reference
+    "entropy",
+    "rollout_weight",  # exp(old − rollout), 1 where the sampler reported NaN
+    "ratio_min",
+    "ratio_max",
+)
+TOKENS, SEQUENCES = "tokens", "sequences"
+_MEANS = {  # metric: the column that it is the mean over tokens of
+    "clip_fraction_low": "clip_low",
+    "clip_fraction_high": "clip_high",
+    "dual_clip_fraction": "dual_clip",
+    "clamped_fraction": "clamped",
+    "ratio_mean": "ratio",
+    "approx_kl": "approx_kl",
+    "approx_kl_k3": "approx_kl_k3",
+    "ref_kl": "ref_kl",
+    "entropy": "entropy",
+    "rollout_weight_mean": "rollout_weight",
+}
+_EXTREMES = {"ratio_min": torch.minimum, "ratio_max": torch.maximum}
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Named metrics of a batch: a read-only mapping from name to a 0-d float32 tensor.
+
+    clip_fraction (and _low: r < 1−ε₋ with A < 0; _high: r > 1+ε₊ with A > 0), dual_clip_fraction, clamped_fraction:
+    fractions of valid tokens. ratio_mean, ratio_min, ratio_max, effective_sample_size = (Σr)²/Σr² in tokens.
+    approx_kl = mean(old − logp), approx_kl_k3: nats, old policy against new. ref_kl, entropy: nats per token.
+    rollout_weight_mean: mean of exp(old − rollout). tokens, sequences: counts.
+    A sequence-level ratio counts once per token. With no valid token every value is 0.
+
+    Names without an input are absent: ref_kl without ref_logps, entropy without entropies, dual_clip_fraction without
+    dual_clip, rollout_weight_mean without rollout_logps, clip fractions with a custom objective.
+    Nothing is computed, and nothing waits for the device, before a value is read.
+    """
+
+    def __init__(self, statistics: Tensor, counts: Tensor, names: tuple[str, ...]) -> None:
+        self._statistics = statistics  # (len(STATISTICS),)
+        self._counts = counts  # (2,): tokens, sequences
+        self._names = names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(f"{name!r}; this batch has {', '.join(self._names)}")
+        return self._value(name).float()
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self._names)})"
+
+    def _column(self, column: str) -> Tensor:
+        return self._statistics[STATISTICS.index(column)]
+
+    def _value(self, name: str) -> Tensor:
+        tokens, sequences = self._counts
+        if name in (TOKENS, SEQUENCES):
+            return tokens if name == TOKENS else sequences
+        if name in _EXTREMES:
+            return torch.where(tokens > 0, self._column(name), 0.0)
+        if name == "clip_fraction":
+            return (self._column("clip_low") + self._column("clip_high")) / tokens.clamp_min(1)
+        if name == "effective_sample_size":
+            square = self._column("ratio_square")
+            return torch.where(square == 0, 0.0, self._column("ratio") ** 2 / square)
+        return self._column(_MEANS[name]) / tokens.clamp_min(1)
+
+    def merge(self, other: Metrics) -> Metrics:
+        """The metrics of both batches together."""
+        if self._names != other._names:
+            odd = sorted(set(self._names) ^ set(other._names))
+            raise ValueError(f"other: expected the same metrics, got a difference in {odd}; merge runs of one spec")
+        statistics = self._statistics.double() + other._statistics.double()
+        for name, pick in _EXTREMES.items():
+            place = STATISTICS.index(name)
+            statistics[place] = pick(self._statistics[place].double(), other._statistics[place].double())
+        return Metrics(statistics, self._counts.double() + other._counts.double(), self._names)
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Metrics:
+        """The metrics of all ranks of `group` (None = the default group) together; a collective call."""
+        import torch.distributed as dist
+
+        extremes = len(STATISTICS) - len(_EXTREMES)
+        sums = torch.cat([self._statistics[:extremes], self._counts]).double()
+        bounds = torch.stack([-self._column("ratio_min"), self._column("ratio_max")]).double()
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+        statistics = torch.cat([sums[:extremes], -bounds[:1], bounds[1:]])
+        return Metrics(statistics, sums[extremes:], self._names)
+
+    def to_floats(self) -> dict[str, float]:
+        """All values as Python floats, in one transfer from the device."""
+        values = torch.stack([self[name] for name in self._names]).tolist()
+        return dict(zip(self._names, values, strict=True))
+
+
+def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool) -> tuple[str, ...]:
+    """The metrics that a call with this spec and these inputs reports."""
+    absent = set()
+    if spec.is_custom:
+        absent |= {"clip_fraction", "clip_fraction_low", "clip_fraction_high"}
+    if spec.dual_clip is None:
+        absent.add("dual_clip_fraction")
+    if not ref:
+        absent.add("ref_kl")
+    if not entropy:
+        absent.add("entropy")
+    if not rollout:
+        absent.add("rollout_weight_mean")
+    every = ("clip_fraction", *_MEANS, *_EXTREMES, "effective_sample_size", TOKENS, SEQUENCES)
+    return tuple(name for name in every if name not in absent)

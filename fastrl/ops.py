@@ -1,0 +1,275 @@
+"""The drivers as opaque operators (`torch.library`), so that `torch.compile(fullgraph=True)` steps over them.
+
+They take and return plain tensors and numbers and have no gradient of their own: `autograd.py` stands above them. An
+output that was not asked for has no elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastrl import backend as backends
+from fastrl import levels
+from fastrl.flat import Flat
+from fastrl.metrics import STATISTICS
+from fastrl.reference import wide
+from fastrl.rows import RowScores, Scoring
+from fastrl.spec import spec_of
+
+Tensors = Sequence[Tensor | None]
+
+
+def pack_scoring(scoring: Scoring) -> tuple[list[Tensor | None], list[float]]:
+    """Tensors and numbers of a `Scoring` without rows."""
+    tensors = [scoring.ids, scoring.mask, scoring.temperature]
+    return tensors, [scoring.factor, scoring.softcap or 0.0, scoring.inner]
+
+
+def _scoring(tensors: Tensors, numbers: Sequence[float]) -> Scoring:
+    ids, mask, temperature = tensors
+    factor, softcap, inner = numbers
+    return Scoring(ids, mask, None, temperature, factor, softcap or None, inner)
+
+
+def _some(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+@torch.library.custom_op("fastrl::score_logits", mutates_args=())
+def score_logits(
+    logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str
+) -> Tensor:
+    """(4, N) row scores."""
+    return levels._score(backends.load(backend), logits, _scoring(scoring, numbers))
+
+
+@score_logits.register_fake
+def _(logits, scoring, numbers, backend):
+    return logits.new_empty((4, scoring[0].shape[0]), dtype=wide(logits.dtype))
+
+
+@torch.library.custom_op("fastrl::score_logits_grad", mutates_args=())
+def score_logits_grad(
+    logits: Tensor,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    scores: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The gradient of the logits from cotangents of log-probs and entropies."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    rows = RowScores(*scores.unbind(0))
+    backends.load(backend).differentiate(logits, _scoring(scoring, numbers), rows, dlogp, dentropy, out)
+    return out
+
+
+@score_logits_grad.register_fake
+def _(logits, scoring, numbers, scores, dlogp, dentropy, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastrl::token_loss", mutates_args=())
+def token_loss(
+    logps: Tensor,
+    entropy: Tensor | None,
+    flat: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    normalizer: Tensor | None,
+    spec: int,
+    grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step B: loss, statistics, dloss/dlogp, dloss/dentropy."""
+    run = backends.load(backend).token_loss
+    loss, statistics, dlogp, dentropy = run(
+        logps, entropy, Flat(*flat, *sizes), normalizer, spec_of(spec), grad=grad
+    )
+    return loss, statistics, _some(dlogp, loss), _some(dentropy, loss)
+
+
+@token_loss.register_fake
+def _(logps, entropy, flat, sizes, normalizer, spec, grad, backend):
+    sums = logps.new_empty((), dtype=wide(logps.dtype))
+    per_token = sums.new_empty(logps.shape if grad else 0)
+    dentropy = sums.new_empty(logps.shape if grad and spec_of(spec).entropy_coef else 0)
+    return sums, sums.new_empty(len(STATISTICS), dtype=torch.float32), per_token, dentropy
+
+
+def _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, dlogits, grad, backend):
+    result = levels.logits_loss(
+        logits,
+        _scoring(scoring, numbers),
+        Flat(*flat, *sizes),
+        normalizer,
+        spec_of(spec),
+        dlogits,
+        grad,
+        backends.load(backend),
+    )
+    per_token = [_some(values, result.loss) for values in (result.dlogp, result.dentropy)]
+    return result.loss, result.statistics, result.scores, *per_token
+
+
+@torch.library.custom_op("fastrl::logits_loss", mutates_args=())
+def logits_loss(
+    logits: Tensor,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    flat: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    normalizer: Tensor | None,
+    spec: int,
+    grad: bool,
+    now: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, scores, dloss/dlogp, dloss/dentropy, and with `now` the gradient of the logits."""
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if now else None
+    result = _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, dlogits, grad, backend)
+    return *result, _some(dlogits, logits)
+
+
+@logits_loss.register_fake
+def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, now, backend):
+    n = scoring[0].shape[0]
+    loss = logits.new_empty((), dtype=wide(logits.dtype))
+    dentropy = loss.new_empty(n if grad and spec_of(spec).entropy_coef else 0)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if now else logits.new_empty(0)
+    statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
+    return loss, statistics, loss.new_empty((4, n)), loss.new_empty(n if grad else 0), dentropy, dlogits
+
+
+@torch.library.custom_op("fastrl::logits_loss_", mutates_args=("logits",))
+def logits_loss_(
+    logits: Tensor,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    flat: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    normalizer: Tensor | None,
+    spec: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `logits_loss`, the gradient written over the logits."""
+    return _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, logits, True, backend)
+
+
+@torch.library.custom_op("fastrl::score_hidden", mutates_args=())
+def score_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    buffer_bytes: int,
+    backend: str,
+) -> Tensor:
+    """(4, N) row scores from hidden states."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return levels.hidden_score(
+            hidden, weight, bias, _scoring(scoring, numbers), buffer_bytes, backends.load(backend)
+        )
+
+
+@score_hidden.register_fake
+def _(hidden, weight, bias, scoring, numbers, buffer_bytes, backend):
+    return hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype))
+
+
+@torch.library.custom_op("fastrl::score_hidden_grad", mutates_args=())
+def score_hidden_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    scores: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    needs: Sequence[bool],
+    buffer_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias from cotangents of log-probs and entropies."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = levels.hidden_score_grad(
+            hidden,
+            weight,
+            bias,
+            _scoring(scoring, numbers),
+            scores,
+            dlogp,
+            dentropy,
+            tuple(needs),
+            buffer_bytes,
+            backends.load(backend),
+        )
+    dhidden, dweight, dbias = (_some(gradient, scores) for gradient in gradients)
+    return dhidden, dweight, dbias
+
+
+def _fake_gradients(hidden, weight, bias, needs):
+    sums = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=sums),
+        weight.new_empty(weight.shape[:1] if needs[2] else 0, dtype=sums),
+    )
+
+
+@score_hidden_grad.register_fake
+def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, buffer_bytes, backend):
+    return _fake_gradients(hidden, weight, bias, needs)
+
+
+@torch.library.custom_op("fastrl::hidden_loss", mutates_args=())
+def hidden_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scoring: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    flat: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    normalizer: Tensor | None,
+    spec: int,
+    needs: Sequence[bool],
+    row_counts: Sequence[int],
+    buffer_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, scores, the gradients of hidden, weight and bias, and the scale they carry."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        result = levels.hidden_loss(
+            hidden,
+            weight,
+            bias,
+            _scoring(scoring, numbers),
+            Flat(*flat, *sizes),
+            normalizer,
+            spec_of(spec),
+            tuple(needs),
+            list(row_counts),
+            buffer_bytes,
+            backends.load(backend),
+        )
+    gradients = (_some(gradient, result.loss) for gradient in result.gradients)
+    return result.loss, result.statistics, result.scores, *gradients, _some(result.scale, result.loss)
+
+
+@hidden_loss.register_fake
+def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, buffer_bytes, backend):
+    loss = hidden.new_empty((), dtype=wide(hidden.dtype))
+    statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
+    scores = loss.new_empty((4, hidden.shape[0]))
+    scale = loss.new_empty(() if any(needs) and hidden.dtype == torch.float16 else 0)
+    return loss, statistics, scores, *_fake_gradients(hidden, weight, bias, needs), scale

@@ -1,0 +1,20 @@
+"""The log-ratio of each token: its own, or its sequence's mean."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastrl.flat import segment_sum
+from fastrl.spec import LossSpec, RatioLevel
+
+
+def log_ratio(delta: Tensor, sequence: Tensor, lengths: Tensor, spec: LossSpec) -> Tensor:
+    """(n,) log-ratios from delta = logp − old, zero at masked tokens; n rows hold whole sequences.
+
+    token: delta. sequence: log s = Σ delta / length, the same for all tokens of a sequence, gradient through the mean
+    (GSPO, arXiv:2507.18071).
+    """
+    if spec.ratio_level == RatioLevel.TOKEN:
+        return delta
+    total = segment_sum(delta, sequence, lengths.shape[0])
+    return (total / lengths.to(total.dtype).clamp_min(1))[sequence]

@@ -1,0 +1,61 @@
+"""Aggregation as one weight per token, so that loss = Σₜ wₜ·ℓₜ. Nothing else in the library knows these modes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.flat import Flat
+from fastrl.spec import Aggregation, LossSpec
+
+TOKENS, SEQUENCES = 0, 1  # places within `Flat.counts`
+
+
+class Weighting(NamedTuple):
+    """An aggregation in three numbers: wₜ = mₜ · (1/lengthᵢ if per_sequence_mean) · scale / D."""
+
+    per_sequence_mean: bool
+    denominator: int | None  # which local count D is when no normaliser is given; None = 1
+    scale: float
+
+
+def weighting(spec: LossSpec) -> Weighting:
+    """How the spec's aggregation weighs a token."""
+    match spec.aggregation:
+        case Aggregation.TOKEN_MEAN:
+            return Weighting(False, TOKENS, 1.0)
+        case Aggregation.TOKEN_SUM:
+            return Weighting(False, None, 1.0)
+        case Aggregation.SEQ_MEAN_TOKEN_MEAN:
+            return Weighting(True, SEQUENCES, 1.0)
+        case Aggregation.SEQ_MEAN_TOKEN_SUM:
+            return Weighting(False, SEQUENCES, 1.0)
+        case Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
+            return Weighting(False, SEQUENCES, 1.0 / spec.max_length)
+    raise AssertionError(spec.aggregation)
+
+
+def denominator(counts: Tensor, normalizer: Tensor | None, spec: LossSpec) -> Tensor | None:
+    """D as a 0-d tensor: the caller's normaliser, or the local count, at least 1; None for 1."""
+    if normalizer is not None:
+        return normalizer
+    place = weighting(spec).denominator
+    return None if place is None else counts[place].clamp_min(1)
+
+
+def token_weights(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """(N,) weights, 0 under the mask.
+
+    token-mean Σ(m·l)/D, D = valid tokens; token-sum Σ(m·l); seq-mean-token-mean Σᵢ(meanₜ l)/D and seq-mean-token-sum
+    Σᵢ(Σₜ l)/D, D = sequences with a valid token; seq-mean-token-sum-norm Σᵢ(Σₜ l)/(D·max_length).
+    """
+    how = weighting(spec)
+    weights = torch.full_like(flat.token_ids, how.scale, dtype=dtype)
+    if how.per_sequence_mean:
+        weights = weights / flat.per_token(flat.lengths.to(dtype).clamp_min(1))
+    count = denominator(flat.counts, normalizer, spec)
+    if count is not None:
+        weights = weights / count.to(dtype)
+    return weights if flat.mask is None else weights.masked_fill(~flat.mask, 0)

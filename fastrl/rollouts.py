@@ -1,0 +1,292 @@
+"""What was sampled: `Rollouts`, validated once, padded or packed; it becomes flat rows here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl import _checks
+from fastrl.advantages import check_groups
+from fastrl.flat import Flat, segment_sum
+from fastrl.reduction import denominator
+from fastrl.spec import LossSpec
+
+_PER_TOKEN = ("old_logps", "ref_logps", "rollout_logps")
+
+
+class _Place(NamedTuple):
+    """Where a micro-batch stands in the batch it was split from."""
+
+    first_sequence: int = 0
+    rows: tuple[int, int] | None = None
+    """Rows of dim 0 of the batch it was split from; None = it was not split."""
+    token_advantages: bool | None = None
+    """Whether advantages are one per token, remembered where the shape could no longer tell (N == S)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """Sampled sequences and what is known of them. Padded: per-token tensors (B, T). Packed: (N,) with `cu_seqlens`.
+
+    `logits[..., t, :]` and `hidden[..., t, :]` score `token_ids[..., t]`: nothing is shifted here
+    (`shift_for_next_token` does it for whole-sequence inputs).
+
+    Args:
+        token_ids: (B, T) or (N,) ints, the sampled tokens; anything may stand under a masked position, -100 included.
+        mask: same shape, bool or 0/1, the tokens that count, any pattern; None = all.
+        advantages: (B,), (B, 1) or (B, T); packed (S,) or (N,). Or instead of them:
+        rewards: (B,) or (S,) floats with `group_size` (consecutive sequences share a prompt) or `group_ids` (B,) ints;
+            the group-normalised advantages are then computed inside the loss.
+        old_logps: as token_ids, the policy that the ratio is against; None = on-policy: the ratio is exactly 1, its
+            gradient alive.
+        ref_logps: as token_ids, the reference policy; needed when `kl_coef != 0`, else only measured (`ref_kl`).
+        rollout_logps: as token_ids, what the sampler reported; NaN = not scored. Feeds `rollout_weight_mean`.
+        cu_seqlens: (S + 1,) ints, 0 first and N last: the packed layout.
+        row_counts: optional host ints (tokens that count, of them those that can carry a gradient); with them the
+            hidden level never waits for the device. Wrong counts turn the loss into NaN.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected, what came, and what to do.
+    """
+
+    token_ids: Tensor
+    mask: Tensor | None = None
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    group_size: int | None = None
+    group_ids: Tensor | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    rollout_logps: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    row_counts: tuple[int, int] | None = None
+    _place: _Place = field(default=_Place(), repr=False)
+    flat: Flat = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_layout()
+        self._check_per_token()
+        self._check_advantages()
+        object.__setattr__(self, "flat", self._flatten())
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T) or (N,)."""
+        return self.token_ids.shape
+
+    @property
+    def num_sequences(self) -> int:
+        """B or S."""
+        return self.token_ids.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def token_slice(self) -> slice:
+        """Rows of dim 0 of the split batch (sequences when padded, tokens when packed) that this micro-batch covers."""
+        return slice(*self._place.rows) if self._place.rows else slice(None)
+
+    def normalizer(self, spec: LossSpec) -> Tensor | None:
+        """The denominator D of this batch under the spec's aggregation, 0-d; pass it with every micro-batch."""
+        return denominator(self.flat.counts, None, spec)
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        """The same rollouts on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def split(self, n: int) -> list[Rollouts]:
+        """`n` micro-batches of consecutive sequences, as equal as possible.
+
+        Rewards and groups stay those of the whole batch, so the advantages are the same as before the split, for any
+        spec. Give each call `normalizer=rollouts.normalizer(spec)` and the sum of losses and gradients is that of one
+        call. Packed rollouts read `cu_seqlens` once on the host.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= max(self.num_sequences, 1):
+            _checks.refuse("n", f"an int from 1 to the number of sequences, {self.num_sequences}", str(n))
+        size, more = divmod(self.num_sequences, n)
+        starts = [i * size + min(i, more) for i in range(n + 1)]
+        ends = starts if self.cu_seqlens is None else self.cu_seqlens[starts].tolist()
+        return [self._part(starts[i], starts[i + 1], ends[i], ends[i + 1]) for i in range(n)]
+
+    def _part(self, first: int, last: int, start: int, stop: int) -> Rollouts:
+        """Sequences first:last, which are rows start:stop of dim 0."""
+        changes = {name: getattr(self, name) for name in ("token_ids", "mask", *_PER_TOKEN)}
+        changes = {name: value[start:stop] for name, value in changes.items() if value is not None}
+        if self.advantages is not None:
+            packed_tokens = self.cu_seqlens is not None and self._has_token_advantages()
+            changes["advantages"] = self.advantages[start:stop] if packed_tokens else self.advantages[first:last]
+        if self.cu_seqlens is not None:
+            changes["cu_seqlens"] = self.cu_seqlens[first : last + 1] - start
+        place = _Place(
+            first_sequence=self._place.first_sequence + first,
+            rows=(start, stop),
+            token_advantages=self._has_token_advantages(),
+        )
+        return dataclasses.replace(self, **changes, row_counts=None, _place=place)
+
+    def pack(self) -> tuple[Rollouts, Tensor]:
+        """Padded to packed without the masked tokens: the packed rollouts, and (N,) rows to gather.
+
+        Row i of the packed batch is row `rows[i]` of the flattened padded one, so
+        `hidden.flatten(0, 1)[rows]` goes with it. Waits for the device once, to learn how many tokens count.
+        """
+        if self.cu_seqlens is not None:
+            _checks.refuse("rollouts", "a padded batch", "a packed one", "it is packed already")
+        rows = self.flat.valid().nonzero().squeeze(-1)
+        picked = {
+            name: value.reshape(-1)[rows]
+            for name in ("token_ids", "mask", *_PER_TOKEN)
+            if (value := getattr(self, name)) is not None
+        }
+        if self.advantages is not None:
+            values = self.advantages.reshape(-1)
+            picked["advantages"] = values[rows] if self._has_token_advantages() else values
+        ends = self.flat.lengths.long().cumsum(0)
+        picked["cu_seqlens"] = torch.cat([ends.new_zeros(1), ends])
+        place = self._place._replace(token_advantages=self._has_token_advantages())
+        return dataclasses.replace(self, **picked, _place=place), rows
+
+    def _check_layout(self) -> None:
+        _checks.integer("token_ids", self.token_ids)
+        if self.cu_seqlens is None:
+            if self.token_ids.ndim != 2:
+                remedy = "add a batch dimension, or pass cu_seqlens for packed sequences"
+                _checks.refuse("token_ids", "shape (B, T)", self.token_ids, remedy)
+            return
+        if self.token_ids.ndim != 1:
+            _checks.refuse("token_ids", "shape (N,) with cu_seqlens", self.token_ids, "flatten it")
+        _checks.integer("cu_seqlens", self.cu_seqlens)
+        if self.cu_seqlens.ndim != 1 or self.cu_seqlens.shape[0] < 1:
+            _checks.refuse("cu_seqlens", "shape (S + 1,)", self.cu_seqlens, "start it with 0 and end it with N")
+        _checks.same_device("cu_seqlens", self.cu_seqlens, self.token_ids.device, "token_ids")
+        if self._free_to_read():
+            ends, total = self.cu_seqlens, self.token_ids.shape[0]
+            if ends[0] != 0 or ends[-1] != total or bool((ends[1:] < ends[:-1]).any()):
+                _checks.refuse("cu_seqlens", f"offsets that rise from 0 to N = {total}", str(ends.tolist()))
+
+    def _free_to_read(self) -> bool:
+        """Whether looking at values costs no synchronisation."""
+        return self.token_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _check_per_token(self) -> None:
+        shape, device = tuple(self.token_ids.shape), self.token_ids.device
+        for name in ("mask", *_PER_TOKEN):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            _checks.tensor(name, value)
+            remedy = "align it with token_ids: position t scores token t (see shift_for_next_token)"
+            _checks.shape(name, value, shape, "the shape of token_ids", remedy)
+            _checks.same_device(name, value, device, "token_ids")
+            if name != "mask":
+                _checks.floating(name, value)
+                _checks.no_grad_needed(name, value)
+        if self.mask is not None and self.mask.dtype != torch.bool and self._free_to_read():
+            if not bool(((self.mask == 0) | (self.mask == 1)).all()):
+                _checks.refuse("mask", "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
+        if self.row_counts is not None:
+            counts = self.row_counts
+            if len(counts) != 2 or not 0 <= counts[1] <= counts[0] <= self.token_ids.numel():
+                expected = "(tokens that count, of them those that can carry a gradient)"
+                _checks.refuse("row_counts", expected, repr(counts))
+
+    def _check_advantages(self) -> None:
+        if (self.advantages is None) == (self.rewards is None):
+            came = "neither" if self.advantages is None else "both"
+            _checks.refuse("advantages", "either advantages or rewards", came)
+        if self.rewards is None:
+            for name in ("group_size", "group_ids"):
+                if getattr(self, name) is not None:
+                    _checks.refuse(name, "None with given advantages", getattr(self, name), "pass rewards instead")
+            self._check_given_advantages()
+            return
+        _checks.floating("rewards", self.rewards)
+        _checks.no_grad_needed("rewards", self.rewards)
+        _checks.same_device("rewards", self.rewards, self.token_ids.device, "token_ids")
+        if self._place.rows is None:
+            _checks.shape("rewards", self.rewards, (self.num_sequences,), "one per sequence", "sum token rewards first")
+        check_groups(self.rewards, self.group_size, self.group_ids)
+
+    def _check_given_advantages(self) -> None:
+        _checks.floating("advantages", self.advantages)
+        _checks.no_grad_needed("advantages", self.advantages)
+        _checks.same_device("advantages", self.advantages, self.token_ids.device, "token_ids")
+        s = self.num_sequences
+        allowed = [(s,), tuple(self.token_ids.shape)] + ([(s, 1)] if self.cu_seqlens is None else [])
+        if tuple(self.advantages.shape) not in allowed:
+            names = "(B,), (B, 1) or (B, T)" if self.cu_seqlens is None else "(S,) or (N,)"
+            shapes = " or ".join(map(str, dict.fromkeys(allowed)))
+            _checks.refuse("advantages", f"shape {names}: {shapes}", self.advantages)
+
+    def _flatten(self) -> Flat:
+        ids = self.token_ids.reshape(-1).long()
+        mask = None if self.mask is None else (self.mask.reshape(-1) != 0)
+        valid = torch.ones_like(ids, dtype=torch.float32) if mask is None else mask.float()
+        cu, sequence_ids = None, None
+        if self.cu_seqlens is None:
+            width = self.token_ids.shape[1]
+            lengths = valid.view(self.token_ids.shape).sum(-1)
+        else:
+            width, cu = 0, self.cu_seqlens.long().contiguous()
+            positions = torch.arange(ids.shape[0], device=ids.device)
+            sequence_ids = torch.searchsorted(cu, positions, right=True).int() - 1
+            lengths = segment_sum(valid, sequence_ids.long(), self.num_sequences)
+        counts = torch.stack([lengths.sum(), (lengths > 0).sum().float()])
+
+        def floats(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            keep = values.dtype in _checks.WIDE_FLOATS
+            return values.detach().reshape(-1).to(values.dtype if keep else torch.float32).contiguous()
+
+        return Flat(
+            token_ids=ids.contiguous(),
+            mask=None if mask is None else mask.contiguous(),
+            advantages=floats(self.advantages),
+            rewards=floats(self.rewards),
+            group_ids=None if self.group_ids is None else self.group_ids.long().contiguous(),
+            old_logps=floats(self.old_logps),
+            ref_logps=floats(self.ref_logps),
+            rollout_logps=floats(self.rollout_logps),
+            sequence_ids=sequence_ids,
+            cu_seqlens=cu,
+            lengths=lengths,
+            counts=counts,
+            width=width,
+            group_size=self.group_size or 0,
+            first_sequence=self._place.first_sequence,
+            per_token_advantages=int(self._has_token_advantages()),
+        )
+
+    def _has_token_advantages(self) -> bool:
+        """Whether the advantages are one per token; a packed batch with N == S has them per sequence."""
+        if self._place.token_advantages is not None:
+            return self._place.token_advantages
+        if self.advantages is None or self.advantages.shape != self.token_ids.shape:
+            return False
+        return self.cu_seqlens is None or self.token_ids.shape[0] != self.num_sequences
+
+
+def shift_for_next_token(
+    scores: Tensor, token_ids: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Align whole-sequence inputs: position t of a causal model scores token t + 1.
+
+    Args:
+        scores: (B, T, V) logits or (B, T, H) hidden states.
+        token_ids, mask: (B, T).
+
+    Returns:
+        scores[:, :-1], token_ids[:, 1:], mask[:, 1:]: views, nothing is copied.
+    """
+    _checks.tensor("scores", scores)
+    if scores.ndim != 3:
+        _checks.refuse("scores", "shape (B, T, V) or (B, T, H)", scores, "packed rows have no next token to shift to")
+    _checks.integer("token_ids", token_ids)
+    _checks.shape("token_ids", token_ids, tuple(scores.shape[:2]), "the first two dimensions of scores")
+    if mask is not None:
+        _checks.shape("mask", mask, tuple(token_ids.shape), "the shape of token_ids")
+    return scores[:, :-1], token_ids[:, 1:], None if mask is None else mask[:, 1:]

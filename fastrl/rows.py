@@ -1,0 +1,53 @@
+"""What a row of logits is scored with, and what comes out: the interface between the drivers and the two backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowScores(NamedTuple):
+    """(N,) statistics of every row: what scoring returns and what the gradient needs to rebuild the softmax."""
+
+    logp: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+
+    @classmethod
+    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device) -> RowScores:
+        return cls(*torch.zeros((4, n), dtype=dtype, device=device).unbind(0))
+
+
+class Scoring(NamedTuple):
+    """How logits become z = softcap(scale·x)/temperature, and which token each row scores."""
+
+    ids: Tensor  # (N,) int64
+    mask: Tensor | None  # (N,) bool
+    rows: Tensor | None  # (n,) int64: row i of the logits scores token rows[i]; None = token i
+    temperature: Tensor | None  # (N,), when it differs between tokens
+    factor: float  # on u: 1 / temperature, times the logit scale when there is no softcap
+    softcap: float | None
+    inner: float  # logit scale / softcap, the factor inside the tanh; 0 without a softcap
+
+    @classmethod
+    def of(
+        cls, ids: Tensor, mask: Tensor | None, temperature: Tensor | float, scale: float = 1.0, softcap: float = 0.0
+    ) -> Scoring:
+        per_token = isinstance(temperature, Tensor)
+        factor = (1.0 if softcap else scale) / (1.0 if per_token else temperature)
+        return cls(
+            ids=ids,
+            mask=mask,
+            rows=None,
+            temperature=temperature if per_token else None,
+            factor=float(factor),
+            softcap=softcap or None,
+            inner=scale / softcap if softcap else 0.0,
+        )
+
+    def at(self, rows: Tensor) -> Scoring:
+        """The same for logits whose row i scores token rows[i]; those rows all count."""
+        return self._replace(rows=rows, mask=None)

@@ -1,0 +1,139 @@
+"""Steps A, B and C by the Triton kernels: turns a spec into kernel arguments and calls the launchers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrl_kernels as kernels
+from fastrl import metrics, torch_backend
+from fastrl.advantages import sequence_advantages
+from fastrl.flat import Flat
+from fastrl.reduction import denominator, weighting
+from fastrl.reference import TokenInputs
+from fastrl.rows import RowScores, Scoring
+from fastrl.spec import AdvantageScale, LossSpec, RatioLevel
+
+assert kernels.STATISTICS == metrics.STATISTICS, "the kernel's columns and the metrics table differ"
+
+name = "triton"
+fuses_objectives = True
+
+
+def _transform(scoring: Scoring) -> dict[str, float | None]:
+    return {"factor": scoring.factor, "softcap": scoring.softcap, "inner": scoring.inner}
+
+
+def _numbers(spec: LossSpec) -> dict[str, float | None]:
+    """The spec's numbers as runtime scalars; a None removes its branch from the kernel."""
+    return {
+        "low": None if spec.epsilon_low is None else 1 - spec.epsilon_low,
+        "high": None if spec.epsilon_high is None else 1 + spec.epsilon_high,
+        "delta": spec.delta,
+        "dual_clip": spec.dual_clip,
+        "bound": spec.log_ratio_clamp,
+        "kl_coef": float(spec.kl_coef) or None,
+        "entropy_coef": float(spec.entropy_coef) or None,
+    }
+
+
+def _structure(spec: LossSpec) -> dict[str, Any]:
+    return {"OBJECTIVE": str(spec.objective), "KL": str(spec.kl_estimator)}
+
+
+def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
+    """Step A."""
+    kernels.logprob_fwd(
+        logits, scoring.ids, scoring.mask, scoring.rows, scoring.temperature, *out, **_transform(scoring)
+    )
+
+
+def differentiate(
+    logits: Tensor, scoring: Scoring, scores: RowScores, dlogp: Tensor | None, dentropy: Tensor | None, out: Tensor
+) -> None:
+    """Step C."""
+    kernels.logprob_bwd(
+        logits, out, scoring.ids, scoring.mask, scoring.rows, scoring.temperature, *scores, dlogp, dentropy,
+        **_transform(scoring),
+    )  # fmt: skip
+
+
+def score_and_differentiate(
+    logits: Tensor,
+    scoring: Scoring,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    scores: RowScores,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Steps A and C and B's derivative in one kernel, for losses of a token's own row."""
+    kernels.fused_loss_grad(
+        logits, out, scoring.ids, scoring.mask, scoring.rows, scoring.temperature,
+        inputs.advantages, inputs.weights, inputs.old_logps, inputs.ref_logps, *scores, dlogp, dentropy,
+        transform=_transform(scoring), numbers=_numbers(spec), structure=_structure(spec),
+    )  # fmt: skip
+
+
+def _launch_policy(
+    logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec, **rest: Any
+) -> tuple[Tensor, Tensor]:
+    how = weighting(spec)
+    advantages, rewards, per_token = flat.advantages, flat.rewards, bool(flat.per_token_advantages)
+    if rewards is not None and (flat.group_ids is not None or spec.advantage_scale == AdvantageScale.BATCH):
+        advantages, rewards = sequence_advantages(flat, spec).float(), None
+    numbers = _numbers(spec) | {"weight_scale": how.scale, "advantage_eps": spec.advantage_eps}
+    structure = _structure(spec) | {
+        "SEQUENCE_LEVEL": spec.ratio_level == RatioLevel.SEQUENCE,
+        "PER_SEQUENCE_MEAN": how.per_sequence_mean,
+        "BASELINE": str(spec.advantage_baseline),
+        "SCALE": str(spec.advantage_scale),
+    }
+    return kernels.policy_loss_fwd(
+        logps.contiguous(),
+        None if entropy is None else entropy.contiguous(),
+        mask=flat.mask,
+        advantages=advantages,
+        rewards=rewards,
+        old=flat.old_logps,
+        ref=flat.ref_logps,
+        rollout=flat.rollout_logps,
+        sequence_ids=flat.sequence_ids,
+        cu_seqlens=flat.cu_seqlens,
+        lengths=flat.lengths,
+        denominator=denominator(flat.counts, normalizer, spec),
+        width=max(flat.width, 1),
+        group_size=max(flat.group_size, 1),
+        first_sequence=flat.first_sequence,
+        per_token_advantages=per_token,
+        numbers=numbers,
+        structure=structure,
+        **rest,
+    )
+
+
+def token_loss(
+    logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec, *, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Step B. A custom objective is the user's torch code: there it runs the specification."""
+    if spec.is_custom:
+        return torch_backend.token_loss(logps, entropy, flat, normalizer, spec, grad=grad)
+    dlogp = torch.empty_like(logps, dtype=torch.float32) if grad else None
+    dentropy = torch.empty_like(dlogp) if grad and spec.entropy_coef else None
+    loss, statistics = _launch_policy(logps, entropy, flat, normalizer, spec, dlogp=dlogp, dentropy=dentropy)
+    return loss, statistics, dlogp, dentropy
+
+
+coefficients = torch_backend.coefficients  # [n]-sized work between two GEMMs; the specification is enough
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x ← factor·x in place, the factor read on the device; nothing moves when it is 1."""
+    if x.is_contiguous():
+        kernels.scale_(x, factor)
+    else:  # logits with strides of their own, given up by inplace=True
+        x.mul_(factor)
+    return x

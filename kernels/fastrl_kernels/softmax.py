@@ -1,0 +1,165 @@
+"""Device functions over one row of logits: the transform, the online statistics, the gradient of a tile. Each once.
+
+With u the transformed logit and f the factor on it, z = f·u is what softmax sees. Statistics are kept relative to the
+row maximum m in units of u, so that z − max z = f·(u − m) has no cancellation at large logits:
+    s = Σ exp(f(u − m)),   q = Σ exp(f(u − m))·f(u − m)
+    logp_t = f(u_t − m) − log s,   H = log s − q / s
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 1 ulp: a minimax polynomial below 0.625 (Cephes), else through exp; tl has none of its own."""
+    a = tl.abs(x)
+    z = x * x
+    poly = -5.70498872745e-3 * z + 2.06390887954e-2
+    poly = poly * z - 5.37397155531e-2
+    poly = poly * z + 1.33314422036e-1
+    poly = poly * z - 3.33332819422e-1
+    small = poly * z * x + x
+    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def transform(x, softcap, inner):
+    """u of a raw logit: x, or softcap·tanh(inner·x) with inner = logit_scale / softcap."""
+    if softcap is not None:
+        x = softcap * tanh(x * inner)
+    return x
+
+
+@triton.jit
+def row_start(i, T, stride_b, stride_t):
+    """Offset of row i of a (B, T, V) tensor with any strides; i is int64."""
+    return (i // T) * stride_b + (i % T) * stride_t
+
+
+@triton.jit
+def token_of_row(i, rows_ptr):
+    """The token that row i scores: i itself, or where the caller's list of rows says."""
+    if rows_ptr is not None:
+        i = tl.load(rows_ptr + i)
+    return i
+
+
+@triton.jit
+def is_valid(mask_ptr, n):
+    """Whether token n counts."""
+    if mask_ptr is not None:
+        valid = tl.load(mask_ptr + n) != 0
+    else:
+        valid = n >= 0
+    return valid
+
+
+@triton.jit
+def row_factor(factor, temperature_ptr, n):
+    """f of token n; a scalar temperature is inside `factor` already."""
+    if temperature_ptr is not None:
+        factor = factor / tl.load(temperature_ptr + n).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def online_step(u, m, s, q, f):
+    """Take a tile into the running statistics (m, s, q). -inf adds nothing, also when all seen so far is -inf."""
+    new = tl.maximum(m, tl.max(u, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    d = (u - safe) * f
+    e = tl.exp2(d * LOG2E)
+    first = m == float("-inf")
+    shift = tl.where(first, 0.0, (m - safe) * f)
+    decay = tl.where(first, 0.0, tl.exp2(shift * LOG2E))
+    q = decay * (q + shift * s) + tl.sum(tl.where(u == float("-inf"), 0.0, e * d), 0)
+    s = decay * s + tl.sum(e, 0)
+    return new, s, q
+
+
+@triton.jit
+def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V: tl.constexpr):
+    """(m, log s, entropy) of a row in one read; unmasked tiles, then one masked tail."""
+    offs = tl.arange(0, BLOCK_V)
+    m = tl.full((), float("-inf"), tl.float32)
+    s = tl.full((), 0.0, tl.float32)
+    q = tl.full((), 0.0, tl.float32)
+    full = V // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        x = tl.load(row_ptr + start + offs, eviction_policy="evict_last").to(tl.float32)
+        m, s, q = online_step(transform(x, softcap, inner), m, s, q, f)
+    if full < V:
+        tail = full + offs < V
+        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        u = tl.where(tail, transform(x, softcap, inner), float("-inf"))
+        m, s, q = online_step(u, m, s, q, f)
+    log_s = tl.log(s)
+    entropy = log_s - q / s
+    entropy = tl.where(entropy < 0, 0.0, tl.where(entropy > log_vocab, log_vocab, entropy))
+    return m, log_s, entropy
+
+
+@triton.jit
+def target_logp(row_ptr, target, V, m, log_s, f, softcap, inner):
+    """log-prob of the target, at most 0; NaN for an id outside the vocabulary, whose memory is never touched."""
+    inside = (target >= 0) & (target < V)
+    x = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32)
+    logp = (transform(x, softcap, inner) - m) * f - log_s
+    logp = tl.where(logp > 0, 0.0, logp)
+    return tl.where(inside, logp, float("nan"))
+
+
+@triton.jit
+def tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr):
+    """d(c·logp + e·H)/dx of a tile: f·(c(1[j = target] − p) − e·p(log p + H)), times the softcap's slope, in fp32.
+
+    `e` is None when nothing flows into the entropy.
+    """
+    u = transform(x, softcap, inner)
+    logp = (u - m) * f - log_s
+    p = tl.exp2(logp * LOG2E)
+    g = -c * p
+    if e is not None:
+        g -= e * tl.where(u == float("-inf"), 0.0, p * (logp + entropy))
+    if (target >= start) & (target < start + BLOCK_V):
+        g = tl.where(start + tl.arange(0, BLOCK_V) == target, g + c, g)
+    g = g * f
+    if softcap is not None:
+        t = u / softcap
+        g = g * (inner * softcap) * (1.0 - t * t)
+    return g
+
+
+@triton.jit
+def write_row_gradient(
+    row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr
+):
+    """Second sweep over a row, last tile first (it is the likeliest to be in cache), rounding once at the store."""
+    offs = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V * BLOCK_V
+    if full < V:
+        tail = full + offs < V
+        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0).to(tl.float32)
+        g = tile_gradient(x, full, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        tl.store(out_ptr + full + offs, g.to(out_ptr.dtype.element_ty), mask=tail)
+    for back in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
+        start = full - back
+        x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
+        g = tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
+
+
+@triton.jit
+def write_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
+    """A row without gradient: zeros, and nothing read."""
+    zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
+    offs = tl.arange(0, BLOCK_V)
+    full = V // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        tl.store(out_ptr + start + offs, zeros)
+    if full < V:
+        tl.store(out_ptr + full + offs, zeros, mask=full + offs < V)

@@ -1,0 +1,45 @@
+"""Launch configurations: frozen data, chosen by pure functions of what stays fixed over a run (V, dtype, never N)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """One program per row, `block_v` columns at a time."""
+
+    block_v: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """One program per `block_n` tokens, or per sequence in steps of `block_n`; `block_p` partial sums per last step."""
+
+    block_n: int
+    num_warps: int
+    block_p: int = 64
+
+
+def row_config(vocab_size: int) -> RowConfig:
+    """Row kernels: 16 fp32 values per thread, the whole row in one tile when it is short.
+
+    The same for scoring and for the fused gradient, so that both sum a row in the same order and give the same bits.
+    """
+    block_v = min(4096, max(16, triton.next_power_of_2(vocab_size)))
+    return RowConfig(block_v, num_warps=max(1, min(8, block_v // 512)))
+
+
+def token_config() -> TokenConfig:
+    return TokenConfig(block_n=512, num_warps=4)
+
+
+def on_device(tensor: torch.Tensor) -> Any:
+    """Make the tensor's device current for a launch; Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
