@@ -180,6 +180,7 @@ class LogitsLoss(torch.autograd.Function):
         if params.inplace and now:
             loss, statistics, scores, dlogp, dentropy = ops.logits_loss_(logits, *common, params.backend)
             ready = logits.detach()
+            torch.autograd.graph.increment_version(logits)  # whoever saved them for backward must hear of it
         else:
             loss, statistics, scores, dlogp, dentropy, ready = ops.logits_loss(
                 logits, *common, params.grad, now, params.backend

@@ -28,7 +28,8 @@ class LogitsLoss(NamedTuple):
     dentropy: Tensor | None  # (N,)
 
 
-def _score(backend: Any, logits: Tensor, scoring: Scoring) -> Tensor:
+def logits_score(logits: Tensor, scoring: Scoring, backend: Any) -> Tensor:
+    """(4, N) scores of logits rows."""
     scores = torch.zeros((4, scoring.ids.shape[0]), dtype=wide(logits.dtype), device=logits.device)
     backend.score(logits, scoring, RowScores(*scores.unbind(0)))
     return scores
@@ -55,7 +56,7 @@ def logits_loss(
         backend.score_and_differentiate(logits, scoring, inputs, spec, rows, dlogp, dentropy, dlogits)
         loss, statistics, _, _ = backend.token_loss(*scores[:2].unbind(0), flat, normalizer, spec, grad=False)
         return LogitsLoss(loss, statistics, scores, dlogp, dentropy)
-    scores = _score(backend, logits, scoring)
+    scores = logits_score(logits, scoring, backend)
     rows = RowScores(*scores.unbind(0))
     loss, statistics, dlogp, dentropy = backend.token_loss(rows.logp, rows.entropy, flat, normalizer, spec, grad=grad)
     if dlogits is not None:

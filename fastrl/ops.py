@@ -2,11 +2,15 @@
 
 They take and return plain tensors and numbers and have no gradient of their own: `autograd.py` stands above them. An
 output that was not asked for has no elements.
+
+Without torch.compile the plain function is called: the dispatcher would only cost time, and below it autograd, which
+differentiates the specification, is switched off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +24,33 @@ from fastrl.rows import RowScores, Scoring
 from fastrl.spec import spec_of
 
 Tensors = Sequence[Tensor | None]
+
+_library = torch.library.Library("fastrl", "DEF")
+
+
+def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Register a function as `fastrl::name` on every device; calls take the operator under torch.compile only.
+
+    Not `torch.library.custom_op`, whose wrapper imports all of dynamo on the first call: over a second and 100 MB.
+    """
+
+    def register(function: Any) -> Any:
+        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        for device in ("CPU", "CUDA", "XPU"):  # not a composite key, which would stand in for the fake one as well
+            _library.impl(name, function, device)
+        operator = getattr(torch.ops.fastrl, name).default
+
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Any], Any]:
+    """Register the shapes and dtypes that `fastrl::name` returns."""
+    return torch.library.register_fake(f"fastrl::{name}", lib=_library)
 
 
 def pack_scoring(scoring: Scoring) -> tuple[list[Tensor | None], list[float]]:
@@ -42,20 +73,20 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-@torch.library.custom_op("fastrl::score_logits", mutates_args=())
+@_operator("score_logits")
 def score_logits(
     logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str
 ) -> Tensor:
     """(4, N) row scores."""
-    return levels._score(backends.load(backend), logits, _scoring(scoring, numbers))
+    return levels.logits_score(logits, _scoring(scoring, numbers), backends.load(backend))
 
 
-@score_logits.register_fake
+@_fake("score_logits")
 def _(logits, scoring, numbers, backend):
     return logits.new_empty((4, scoring[0].shape[0]), dtype=wide(logits.dtype))
 
 
-@torch.library.custom_op("fastrl::score_logits_grad", mutates_args=())
+@_operator("score_logits_grad")
 def score_logits_grad(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -72,12 +103,12 @@ def score_logits_grad(
     return out
 
 
-@score_logits_grad.register_fake
+@_fake("score_logits_grad")
 def _(logits, scoring, numbers, scores, dlogp, dentropy, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastrl::token_loss", mutates_args=())
+@_operator("token_loss")
 def token_loss(
     logps: Tensor,
     entropy: Tensor | None,
@@ -96,7 +127,7 @@ def token_loss(
     return loss, statistics, _some(dlogp, loss), _some(dentropy, loss)
 
 
-@token_loss.register_fake
+@_fake("token_loss")
 def _(logps, entropy, flat, sizes, normalizer, spec, grad, backend):
     sums = logps.new_empty((), dtype=wide(logps.dtype))
     per_token = sums.new_empty(logps.shape if grad else 0)
@@ -119,7 +150,7 @@ def _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, dlogit
     return result.loss, result.statistics, result.scores, *per_token
 
 
-@torch.library.custom_op("fastrl::logits_loss", mutates_args=())
+@_operator("logits_loss")
 def logits_loss(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -138,7 +169,7 @@ def logits_loss(
     return *result, _some(dlogits, logits)
 
 
-@logits_loss.register_fake
+@_fake("logits_loss")
 def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, now, backend):
     n = scoring[0].shape[0]
     loss = logits.new_empty((), dtype=wide(logits.dtype))
@@ -148,7 +179,7 @@ def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, now, backen
     return loss, statistics, loss.new_empty((4, n)), loss.new_empty(n if grad else 0), dentropy, dlogits
 
 
-@torch.library.custom_op("fastrl::logits_loss_", mutates_args=("logits",))
+@_operator("logits_loss_", mutates=("logits",))
 def logits_loss_(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -163,7 +194,7 @@ def logits_loss_(
     return _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, logits, True, backend)
 
 
-@torch.library.custom_op("fastrl::score_hidden", mutates_args=())
+@_operator("score_hidden")
 def score_hidden(
     hidden: Tensor,
     weight: Tensor,
@@ -180,12 +211,12 @@ def score_hidden(
         )
 
 
-@score_hidden.register_fake
+@_fake("score_hidden")
 def _(hidden, weight, bias, scoring, numbers, buffer_bytes, backend):
     return hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype))
 
 
-@torch.library.custom_op("fastrl::score_hidden_grad", mutates_args=())
+@_operator("score_hidden_grad")
 def score_hidden_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -226,12 +257,12 @@ def _fake_gradients(hidden, weight, bias, needs):
     )
 
 
-@score_hidden_grad.register_fake
+@_fake("score_hidden_grad")
 def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, buffer_bytes, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
-@torch.library.custom_op("fastrl::hidden_loss", mutates_args=())
+@_operator("hidden_loss")
 def hidden_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -266,7 +297,7 @@ def hidden_loss(
     return result.loss, result.statistics, result.scores, *gradients, _some(result.scale, result.loss)
 
 
-@hidden_loss.register_fake
+@_fake("hidden_loss")
 def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, buffer_bytes, backend):
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)

@@ -6,6 +6,7 @@ the gradient that is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ from fastrl.spec import LossSpec
 name = "torch"
 fuses_objectives = False  # no one-pass kernel: A, B, C always run one after the other
 
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}
+_BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**27}  # on a CPU three such blocks should fit a core's L2 cache
 _LOWEST = -1e5  # exp of it is 0 in float32 and float64, and 0·_LOWEST is 0 where 0·(−inf) is NaN
 
 
@@ -31,12 +32,24 @@ def _blocks(logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         logits = logits.flatten(0, 1)
     batches = logits if logits.ndim == 3 else logits[None]
     width = batches.shape[1]
-    limit = _BLOCK_BYTES.get(logits.device.type, 2**24)
-    step = max(2, limit // (logits.shape[-1] * wide(logits.dtype).itemsize))
+    step = _block_rows(logits)
     for b, batch in enumerate(batches.unbind(0)):
         for t in range(0, width, step):
             rows = batch[t : t + step]
             yield b * width + t, b * width + t + rows.shape[0], rows
+
+
+def _scratch(logits: Tensor, count: int) -> Tensor:
+    """(count, r, V) working space for blocks of rows, allocated once per call: a fresh megabyte per block would cost
+    its page faults every time."""
+    rows = logits.shape[0] * (logits.shape[1] if logits.ndim == 3 else 1)
+    step = min(_block_rows(logits), max(rows, 1))
+    return torch.empty((count, step, logits.shape[-1]), dtype=wide(logits.dtype), device=logits.device)
+
+
+def _block_rows(logits: Tensor) -> int:
+    limit = _BLOCK_BYTES.get(logits.device.type, 2**24)
+    return max(2, limit // (logits.shape[-1] * wide(logits.dtype).itemsize))
 
 
 def _row_sum(x: Tensor) -> Tensor:
@@ -75,6 +88,7 @@ def _targets(scoring: Scoring, tokens: Tensor | slice, vocab: int) -> tuple[Tens
 def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
     """Step A: write logp, entropy, row maximum and log-sum of every row; 0 under the mask."""
     vocab = logits.shape[-1]
+    scratch = _scratch(logits, 2)
     for start, stop, rows in _blocks(logits):
         tokens = _tokens(scoring, start, stop)
         valid = None if scoring.mask is None else scoring.mask[tokens]
@@ -86,11 +100,12 @@ def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
         factor = _factor(scoring, tokens, u.dtype)
         ids, outside = _targets(scoring, tokens, vocab)
         top = u.amax(-1)
-        d = torch.sub(u, top[:, None])
+        d, e = scratch[:, : stop - start]
+        torch.sub(u, top[:, None], out=d)
         if not isinstance(factor, float) or factor != 1.0:
             d.mul_(factor)
         chosen = d.gather(-1, ids[:, None]).squeeze(-1)
-        e = d.clamp_(min=_LOWEST).exp()
+        torch.exp(d.clamp_(min=_LOWEST), out=e)
         total = _row_sum(e)
         log_sum = total.log()
         entropy = (log_sum - _row_sum(e.mul_(d)) / total).clamp(0, math.log(vocab))
@@ -104,6 +119,7 @@ def differentiate(
 ) -> None:
     """Step C: out ← d(Σ dlogp·logp + dentropy·entropy)/dlogits, row by row; `out` may be `logits`."""
     vocab = logits.shape[-1]
+    scratch = _scratch(logits, 1) if out.dtype != wide(logits.dtype) else None
     for (start, stop, rows), (_, _, target) in zip(_blocks(logits), _blocks_like(out, logits), strict=True):
         tokens = _tokens(scoring, start, stop)
         live = _live(scoring, tokens, dlogp, dentropy)
@@ -115,7 +131,8 @@ def differentiate(
         ids, outside = _targets(scoring, tokens, vocab)
         c = torch.zeros_like(scores.logp[tokens]) if dlogp is None else dlogp[tokens]
         c = torch.where(outside, torch.nan, c).to(u.dtype)
-        g = torch.sub(u, scores.row_max[tokens][:, None], out=target if target.dtype == u.dtype else None)
+        g = target if scratch is None else scratch[0, : stop - start]
+        torch.sub(u, scores.row_max[tokens][:, None], out=g)
         if not isinstance(factor, float) or factor != 1.0:
             g.mul_(factor)
         g.sub_(scores.log_sum[tokens][:, None])
@@ -130,7 +147,8 @@ def differentiate(
             g.mul_(factor)
         if tanh is not None:
             g.mul_(tanh.square_().neg_().add_(1)).mul_(scoring.inner * scoring.softcap)
-        g.masked_fill_(~live[:, None], 0)
+        if scoring.mask is not None:  # a zero cotangent gives zeros by itself, garbage under the mask may not
+            g.masked_fill_(~live[:, None], 0)
         if g is not target:
             target.copy_(g)
 
@@ -161,16 +179,30 @@ def _live(scoring: Scoring, tokens: Tensor | slice, dlogp: Tensor | None, dentro
 def _value_and_grad(
     logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Σ w·ℓ and its derivatives, by autograd over the specification (`torch.func`, which a custom operator allows)."""
+    """Σ w·ℓ and its derivatives, by autograd over the specification."""
 
     def loss(logps: Tensor, entropy: Tensor | None) -> Tensor:
         return reference.aggregate(reference.per_token_loss(logps, entropy, inputs, spec), inputs)
 
-    if not spec.entropy_coef:
-        dlogp, value = torch.func.grad_and_value(loss)(logps, entropy)
-        return value, dlogp, None
-    (dlogp, dentropy), value = torch.func.grad_and_value(loss, argnums=(0, 1))(logps, entropy)
-    return value, dlogp, dentropy
+    variables = (logps,) if not spec.entropy_coef or entropy is None else (logps, entropy)
+    with _autograd():
+        leaves = [x.detach().requires_grad_() for x in variables]
+        value = loss(leaves[0], leaves[1] if len(leaves) > 1 else entropy)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, gradients, strict=True)]
+    return value.detach(), filled[0], filled[1] if len(filled) > 1 else None
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Record gradients, also below the dispatcher: inside an operator of a compiled graph torch excludes the autograd
+    keys, and `torch.func` fails under the dispatch mode that AOTAutograd runs operators in (torch 2.13)."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradXPU):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def token_loss(
