@@ -109,7 +109,7 @@ def fused_loss_grad(
     if num_rows(logits) == 0:
         return
     V = logits.shape[-1]
-    config = row_config(V)
+    config = row_config(V, transform["softcap"] is not None)
     stride_b, stride_t, T = row_strides(logits)
     out_stride_b, out_stride_t, out_T = row_strides(dlogits)
     with on_device(logits):

@@ -125,7 +125,7 @@ def logprob_fwd(
     if num_rows(logits) == 0:
         return
     V = logits.shape[-1]
-    config = row_config(V)
+    config = row_config(V, softcap is not None)
     stride_b, stride_t, T = row_strides(logits)
     with on_device(logits):
         _logprob_fwd_kernel[(num_rows(logits),)](
@@ -156,7 +156,7 @@ def logprob_bwd(
     if num_rows(logits) == 0:
         return
     V = logits.shape[-1]
-    config = row_config(V)
+    config = row_config(V, softcap is not None)
     stride_b, stride_t, T = row_strides(logits)
     out_stride_b, out_stride_t, out_T = row_strides(dlogits)
     with on_device(logits):

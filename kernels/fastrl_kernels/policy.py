@@ -128,6 +128,15 @@ def _policy_fwd_kernel(
 
     sequence_log_ratio, through_mean = 0.0, 0.0
     if SEQUENCE_LEVEL:
+        # One sequence: its advantage and weight are scalars, taken once.
+        whole = pid >= 0
+        if advantages_ptr is None:
+            shared_advantage = group_advantage(
+                rewards_ptr, pid + first_sequence, whole, G, advantage_eps, BASELINE, SCALE
+            )
+        elif not PER_TOKEN_ADVANTAGE:
+            shared_advantage = tl.load(advantages_ptr + pid).to(tl.float32)
+        shared_weight = token_weight(pid, whole, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
         length = tl.maximum(tl.load(lengths_ptr + pid), 1.0)
         gap = 0.0
         for at in range(start, stop, BLOCK_N):
@@ -154,16 +163,22 @@ def _policy_fwd_kernel(
             if mask_ptr is not None:
                 valid = tl.load(mask_ptr + offs, mask=valid, other=0) != 0
             logp = tl.load(logp_ptr + offs, mask=valid, other=0.0)
-            sequence = sequence_of(offs, sequence_ptr, T, valid)
+            if not SEQUENCE_LEVEL:
+                sequence = sequence_of(offs, sequence_ptr, T, valid)
             if PER_TOKEN_ADVANTAGE:
                 advantage = load_or(advantages_ptr, offs, valid, 0.0)
+            elif SEQUENCE_LEVEL:
+                advantage = shared_advantage + tl.zeros((BLOCK_N,), tl.float32)
             elif advantages_ptr is not None:
                 advantage = load_or(advantages_ptr, sequence, valid, 0.0)
             else:
                 advantage = group_advantage(
                     rewards_ptr, sequence + first_sequence, valid, G, advantage_eps, BASELINE, SCALE
                 )
-            weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+            if SEQUENCE_LEVEL:
+                weight = tl.where(valid, shared_weight, 0.0)
+            else:
+                weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
             gap_t = logp * 0.0
             if old_ptr is not None:
                 gap_t = logp - load_or(old_ptr, offs, valid, 0.0)
@@ -300,7 +315,7 @@ def policy_loss_fwd(
     dentropy: Tensor | None,  # (N,) fp32, written
 ) -> tuple[Tensor, Tensor]:
     """The loss (0-d) and the statistics (len(STATISTICS),); derivatives into `dlogp` and `dentropy` if given."""
-    config = token_config()
+    config = token_config(structure["SEQUENCE_LEVEL"])
     N, S = logp.shape[0], lengths.shape[0]
     programs = S if structure["SEQUENCE_LEVEL"] else triton.cdiv(N, config.block_n)
     loss = torch.empty((), dtype=torch.float32, device=logp.device)

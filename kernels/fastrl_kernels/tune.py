@@ -27,17 +27,24 @@ class TokenConfig:
     block_p: int = 64
 
 
-def row_config(vocab_size: int) -> RowConfig:
-    """Row kernels: 16 fp32 values per thread, the whole row in one tile when it is short.
+def row_config(vocab_size: int, softcap: bool = False, warp_size: int = 0) -> RowConfig:
+    """Row kernels: 16 fp32 values per thread (8 with a softcap, whose tanh takes the registers), the whole row in one
+    tile when it is short.
 
     The same for scoring and for the fused gradient, so that both sum a row in the same order and give the same bits.
+    `warp_size` is the running device's unless given (64 on AMD's CDNA).
     """
-    block_v = min(4096, max(16, triton.next_power_of_2(vocab_size)))
-    return RowConfig(block_v, num_warps=max(1, min(8, block_v // 512)))
+    block_v = min(2048 if softcap else 4096, max(16, triton.next_power_of_2(vocab_size)))
+    threads = block_v // (8 if softcap else 16)
+    return RowConfig(block_v, num_warps=max(1, threads // (warp_size or _warp_size())))
 
 
-def token_config() -> TokenConfig:
-    return TokenConfig(block_n=512, num_warps=4)
+def token_config(by_sequence: bool = False) -> TokenConfig:
+    return TokenConfig(block_n=512, num_warps=8 if by_sequence else 4)
+
+
+def _warp_size() -> int:
+    return 64 if torch.version.hip else 32
 
 
 def on_device(tensor: torch.Tensor) -> Any:
