@@ -1,0 +1,221 @@
+"""What the tests share: backends, batches, and one error bar for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrl
+from fastrl import reference
+from fastrl.spec import LossSpec
+
+ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # without one, Triton runs in its interpreter
+
+BACKENDS = [
+    pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(("triton", ACCELERATOR), id="triton"),
+    pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+]
+
+PRESETS = {
+    "ppo": fastrl.PPO,
+    "grpo": fastrl.GRPO,
+    "bnpo": fastrl.BNPO,
+    "dr_grpo": fastrl.DR_GRPO,
+    "dapo": fastrl.DAPO,
+    "gspo": fastrl.GSPO,
+}
+
+
+def cubic(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """A custom objective that no preset has."""
+    return -advantages * (log_ratio + log_ratio**3)
+
+
+# One row per option, on top of a preset that it makes sense with.
+OPTIONS: dict[str, LossSpec] = {
+    **PRESETS,
+    "asymmetric": fastrl.PPO.replace(epsilon_low=0.1, epsilon_high=0.4),
+    "no-lower-bound": fastrl.PPO.replace(epsilon_low=None),
+    "no-upper-bound": fastrl.PPO.replace(epsilon_high=None),
+    "unbounded": fastrl.PPO.replace(epsilon_low=None, epsilon_high=None),
+    "dual-clip": fastrl.PPO.replace(dual_clip=1.5),
+    "delta": fastrl.GRPO.replace(delta=1.6),
+    "delta-dual": fastrl.GRPO.replace(delta=1.8, dual_clip=1.4),
+    "k1": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="k1"),
+    "abs": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="abs"),
+    "k2": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="k2"),
+    "k3": fastrl.GRPO.replace(kl_coef=0.3),
+    "entropy": fastrl.DAPO.replace(entropy_coef=0.1),
+    "token-sum": fastrl.PPO.replace(aggregation="token-sum"),
+    "seq-mean-token-sum": fastrl.PPO.replace(aggregation="seq-mean-token-sum"),
+    "no-clamp": fastrl.PPO.replace(log_ratio_clamp=None),
+    "tight-clamp": fastrl.PPO.replace(log_ratio_clamp=0.2, kl_coef=0.1),
+    "gspo-full": fastrl.GSPO.replace(epsilon_low=0.1, epsilon_high=0.2, kl_coef=0.2, entropy_coef=0.05, dual_clip=1.2),
+    "gspo-dr": fastrl.GSPO.replace(aggregation="seq-mean-token-sum-norm", max_length=9, epsilon_low=0.1, delta=1.5),
+    "leave-one-out": fastrl.GRPO.replace(advantage_baseline="leave-one-out"),
+    "batch-scale": fastrl.GRPO.replace(advantage_scale="batch"),
+    "raw-rewards": fastrl.PPO.replace(advantage_baseline="none", advantage_scale="none"),
+    "custom": LossSpec(objective=cubic, kl_coef=0.1, entropy_coef=0.02),
+    "custom-sequence": LossSpec(objective=cubic, ratio_level="sequence", aggregation="seq-mean-token-mean"),
+}
+
+
+@dataclass
+class Batch:
+    """Hidden states with a head, and the rollouts they are scored against."""
+
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor  # (V,)
+    rollouts: fastrl.Rollouts
+    temperature: float | Tensor = 0.7
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self, weight: Tensor | None = None, bias: Tensor | None = None) -> fastrl.LMHead:
+        w, b = self.weight if weight is None else weight, self.bias if bias is None else bias
+        return fastrl.LMHead(w, b, self.logit_scale, self.softcap)
+
+    def logits(self) -> Tensor:
+        """fp64 logits after the head's transform, before the temperature."""
+        return transform(self.hidden.double(), self.weight.double(), self.bias.double(), self)
+
+
+def transform(hidden: Tensor, weight: Tensor, bias: Tensor, batch: Batch) -> Tensor:
+    """bias, scale, softcap, in plain torch."""
+    z = torch.nn.functional.linear(hidden, weight, bias) * batch.logit_scale
+    return z if batch.softcap is None else batch.softcap * torch.tanh(z / batch.softcap)
+
+
+def make_batch(
+    B: int = 4,
+    T: int = 6,
+    V: int = 37,
+    H: int = 8,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    drift: float = 0.3,
+    garbage: bool = True,
+    seed: int = 0,
+    scale: float = 1.0,
+    rewards: bool = True,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    group_size: int = 2,
+    rollout: bool = False,
+) -> Batch:
+    """A batch with a holed mask, one fully masked sequence, and garbage wherever the mask is 0."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, H, generator=g, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(V, H, generator=g, dtype=torch.float64) * scale * 0.5).to(dtype)
+    bias = (torch.randn(V, generator=g, dtype=torch.float64) * 0.2).to(dtype)
+    ids = torch.randint(0, V, (B, T), generator=g)
+    mask = torch.rand(B, T, generator=g) > 0.3
+    if B > 2:
+        mask[2] = False
+    batch = Batch(hidden, weight, bias, None, logit_scale=logit_scale, softcap=softcap)
+    clean = torch.where(mask, ids, 0)
+    logps, _ = reference.logprobs(batch.logits(), clean, None, 0.7)
+    old = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
+    ref = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
+    sampler = old + 0.1
+    sampler[0, 0] = float("nan")
+    if garbage:
+        ids = ids.masked_fill(~mask, -100)
+        old = old.masked_fill(~mask, float("nan"))
+        ref = ref.masked_fill(~mask, float("inf"))
+        sampler = sampler.masked_fill(~mask, 1e30)
+        hidden = hidden.masked_fill(~mask[..., None], float("nan"))
+    values = torch.randn(B, generator=g)
+    given: dict[str, Any] = {"rewards": values, "group_size": group_size} if rewards else {"advantages": values}
+    extra = {"rollout_logps": sampler} if rollout else {}
+    rollouts = fastrl.Rollouts(ids, mask, **given, old_logps=old, ref_logps=ref, **extra).to(device)
+    batch.hidden, batch.weight, batch.bias = hidden.to(device), weight.to(device), bias.to(device)
+    batch.rollouts = rollouts
+    return batch
+
+
+def clean_logits(batch: Batch, fill: float = 0.0) -> Tensor:
+    """fp64 logits with `fill` where the mask is 0."""
+    keep = batch.rollouts.flat.valid().view(batch.rollouts.shape)[..., None]
+    safe = torch.where(keep, torch.nan_to_num(batch.hidden.double()), 0.0)
+    logits = transform(safe, batch.weight.double(), batch.bias.double(), batch)
+    return torch.where(keep, logits, fill)
+
+
+@dataclass
+class Truth:
+    """fp64 values and gradients."""
+
+    loss: Tensor
+    statistics: Tensor
+    logps: Tensor
+    entropy: Tensor
+    gradients: list[Tensor]
+
+
+def on_cpu(rollouts: fastrl.Rollouts) -> fastrl.Rollouts:
+    return rollouts if rollouts.token_ids.device.type == "cpu" else rollouts.to("cpu")
+
+
+def truth_from_logits(
+    logits: Tensor, rollouts: fastrl.Rollouts, spec: LossSpec, temperature: float | Tensor, normalizer: Any = None
+) -> Truth:
+    """The reference in fp64, differentiated by autograd, on the CPU."""
+    rollouts = on_cpu(rollouts)
+    leaf = logits.detach().cpu().double().requires_grad_()
+    temperature = temperature.cpu().double() if isinstance(temperature, Tensor) else temperature
+    mask = rollouts.flat.valid().view(rollouts.shape)
+    logps, entropy = reference.logprobs(leaf, rollouts.token_ids, mask, temperature)
+    d = None if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
+    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), rollouts.flat, d, spec)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return Truth(loss.detach(), statistics, logps.detach(), entropy.detach(), [gradient])
+
+
+def truth_from_hidden(batch: Batch, spec: LossSpec, normalizer: Any = None) -> Truth:
+    """As above through the head, with gradients of hidden, weight and bias."""
+    rollouts = on_cpu(batch.rollouts)
+    keep = rollouts.flat.valid().view(rollouts.shape)
+    leaves = [x.detach().cpu().double() for x in (batch.hidden, batch.weight, batch.bias)]
+    leaves[0] = torch.where(keep[..., None], leaves[0], 0.0)
+    leaves = [x.requires_grad_() for x in leaves]
+    temperature = batch.temperature.cpu().double() if isinstance(batch.temperature, Tensor) else batch.temperature
+    logps, entropy = reference.logprobs(transform(*leaves, batch), rollouts.token_ids, keep, temperature)
+    d = None if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
+    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), rollouts.flat, d, spec)
+    gradients = list(torch.autograd.grad(loss, leaves))
+    return Truth(loss.detach(), statistics, logps.detach(), entropy.detach(), gradients)
+
+
+def close(got: Tensor, want: Tensor, *, ulps: float = 64, dtype: torch.dtype = torch.float32, what: str = "") -> None:
+    """|got − want| <= ulps · eps(dtype) · max|want|: a bar on the error against the largest entry, as sums have it."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)} against {tuple(want.shape)}"
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in different places"
+    if not want.numel():
+        return
+    error = (got - want).nan_to_num().abs().max().item()
+    bar = ulps * torch.finfo(dtype).eps * max(want.nan_to_num().abs().max().item(), 1e-30)
+    assert error <= bar, f"{what}: error {error:.3g} over the bar {bar:.3g}"
+
+
+def no_worse_than_torch(
+    got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, what: str, *, scale: float = 0.0
+) -> None:
+    """Promise 2: error to fp64 at most twice that of plain torch in the same dtype, plus a few ulp.
+
+    `scale` is the size of the terms when they cancel in the result: the loss inherits the rounding of log-probs that
+    are larger than it.
+    """
+    truth = truth.detach().cpu().double()
+    ours = (got.detach().cpu().double() - truth).abs().max().item()
+    theirs = (plain.detach().cpu().double() - truth).abs().max().item()
+    ulp = torch.finfo(dtype).eps * max(truth.abs().max().item(), scale, 1e-30)
+    assert ours <= 2 * theirs + 4 * ulp, f"{what}: error {ours:.3g}, plain torch {theirs:.3g}, ulp {ulp:.3g}"
