@@ -1,0 +1,291 @@
+"""The row kernels and the token kernel by themselves, on every backend: shapes one per regime, layouts, -inf, twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from common import BACKENDS, OPTIONS, close, make_batch, truth_from_logits
+
+import fastrl
+from fastrl import objectives, reference
+from fastrl.spec import KLEstimator, Objective
+
+# One vocabulary per regime of the kernels: a single token; less than a tile; a prime; exactly a tile of the short
+# configuration; just under, at and over the 4096 columns of the long one; two tiles and an odd tail.
+VOCABULARIES = [1, 2, 3, 16, 31, 127, 128, 129, 1024, 4095, 4096, 4097, 8195]
+
+
+def scores(logits, ids, name, *, mask=None, temperature=1.0):
+    return fastrl.logprobs_from_logits(logits, ids, mask=mask, temperature=temperature, backend=name)
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vocabularies(backend, V):
+    """Values and gradients with random cotangents on both outputs; rows of dlogits sum to 0 (promises 3 and 8)."""
+    name, device = backend
+    logits = (torch.randn(3, V) * 3).to(device).requires_grad_()
+    ids = torch.tensor([0, V - 1, V // 2], device=device)
+    out = scores(logits, ids, name, temperature=0.8)
+    c, e = torch.randn(3, device=device), torch.randn(3, device=device)
+    (got,) = torch.autograd.grad((out.logps, out.entropy), logits, (c, e))
+    leaf = logits.detach().cpu().double().requires_grad_()
+    logps, entropy = reference.logprobs(leaf, ids.cpu(), None, 0.8)
+    (want,) = torch.autograd.grad((logps, entropy), leaf, (c.cpu().double(), e.cpu().double()))
+    close(out.logps, logps, ulps=16, what="logps")
+    close(out.entropy, entropy, ulps=16, what="entropy")
+    close(got, want, ulps=32, what="dlogits")
+    assert (out.logps <= 0).all() and (out.entropy >= 0).all() and (out.entropy <= math.log(V)).all()
+    # each row sums to 0 but for the rounding of its V entries
+    assert got.double().sum(-1).abs().max() <= 8 * torch.finfo(torch.float32).eps * max(got.abs().sum(-1).max(), 1.0)
+
+
+@pytest.mark.parametrize("unused", ["logps", "entropy"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_promise_8_one_cotangent(backend, unused):
+    """An unused output costs nothing and changes nothing."""
+    name, device = backend
+    logits = torch.randn(4, 33, device=device, requires_grad=True)
+    ids = torch.randint(0, 33, (4,), device=device)
+    out = scores(logits, ids, name)
+    used = out.entropy if unused == "logps" else out.logps
+    weight = torch.randn(4, device=device)
+    (got,) = torch.autograd.grad((used * weight).sum(), logits)
+    leaf = logits.detach().cpu().double().requires_grad_()
+    logps, entropy = reference.logprobs(leaf, ids.cpu())
+    (want,) = torch.autograd.grad(((entropy if unused == "logps" else logps) * weight.cpu()).sum(), leaf)
+    close(got, want, ulps=32)
+
+
+def layouts(base: torch.Tensor):
+    """(name, view) of the same (3, 4, V) values in memory layouts that users have."""
+    B, T, V = base.shape
+    wide = torch.zeros(B, T + 3, V + 5, device=base.device)
+    wide[:, 2 : 2 + T, :V] = base
+    yield "slice", wide[:, 2 : 2 + T, :V]
+    yield "time-major", base.transpose(0, 1).contiguous().transpose(0, 1)
+    yield "vocabulary-first", base.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    yield "every-second", base.repeat_interleave(2, 1)[:, ::2]
+    yield "expanded", base[:1].expand(B, T, V)
+
+
+@pytest.mark.parametrize("layout", ["slice", "time-major", "vocabulary-first", "every-second", "expanded"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_promise_7_layouts(backend, layout):
+    name, device = backend
+    view = dict(layouts(torch.randn(3, 4, 29, device=device)))[layout].requires_grad_()
+    ids = torch.randint(0, 29, (4, 3), device=device).t()  # a transposed view
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1]] * 3, device=device)[:, ::2]
+    advantages = torch.randn(3, 1, device=device).expand(3, 4)
+    old = torch.full((1, 1), -3.3, device=device).expand(3, 4)
+    rollouts = fastrl.Rollouts(ids, mask, advantages, old_logps=old)
+    for spec in (fastrl.DAPO, fastrl.GSPO):
+        truth = truth_from_logits(view, rollouts, spec, 1.0)
+        out = fastrl.policy_loss_from_logits(view, rollouts, spec, backend=name)
+        (got,) = torch.autograd.grad(out.loss, view)
+        close(out.loss, truth.loss, ulps=200, what="loss")
+        close(got, truth.gradients[0], ulps=200, what="dlogits")
+
+
+@pytest.mark.parametrize("kind", ["sum", "scalar-expanded", "strided", "double"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_gradients_of_any_layout(backend, kind):
+    """ROCm/TE#623: `loss.sum()` sends an expanded stride-0 gradient."""
+    name, device = backend
+    logits = torch.randn(2, 3, 17, device=device, requires_grad=True)
+    ids = torch.randint(0, 17, (2, 3), device=device)
+    logps = scores(logits, ids, name).logps
+    gradient = {
+        "sum": torch.ones(2, 3),
+        "scalar-expanded": torch.tensor(2.0).expand(2, 3),
+        "strided": torch.randn(3, 2).t(),
+        "double": torch.randn(2, 3, dtype=torch.float64).float(),
+    }[kind].to(device)
+    (got,) = torch.autograd.grad(logps, logits, gradient)
+    leaf = logits.detach().cpu().double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.logprobs(leaf, ids.cpu())[0], leaf, gradient.cpu().double())
+    close(got, want, ulps=32)
+
+
+@pytest.mark.parametrize("where", ["first tile", "last tile", "scattered", "all but one"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_promise_6_minus_infinity(backend, where):
+    """Liger 0.8.5 and TRL 1.16's kernel give NaN when the whole first tile is -inf; 0·log 0 = 0 forward and backward."""
+    name, device = backend
+    V = 4096 + 40
+    logits = torch.randn(2, V, device=device)
+    ids = torch.tensor([V - 1, V - 3], device=device)
+    if where == "first tile":
+        logits[:, :4096] = -torch.inf
+    elif where == "last tile":
+        logits[:, 4096:-3] = -torch.inf
+    elif where == "scattered":
+        logits[:, 1:-4:3] = -torch.inf
+    else:
+        logits[0, :-1] = -torch.inf
+    logits.requires_grad_()
+    out = scores(logits, ids, name)
+    c, e = torch.randn(2, device=device), torch.randn(2, device=device)
+    (got,) = torch.autograd.grad((out.logps, out.entropy), logits, (c, e))
+    assert got.isfinite().all() and (got[logits == -torch.inf] == 0).all()
+    finite = torch.where(logits.detach().cpu() == -torch.inf, -1e4, logits.detach().cpu()).double().requires_grad_()
+    logps, entropy = reference.logprobs(finite, ids.cpu())
+    (want,) = torch.autograd.grad((logps, entropy), finite, (c.cpu().double(), e.cpu().double()))
+    close(out.logps, logps, ulps=32)
+    close(out.entropy, entropy, ulps=32)
+    close(got, want, ulps=64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_minus_infinity_and_selected_minus_infinity(backend):
+    """A row without any finite logit is NaN like log_softmax; a selected -inf logit has log-prob -inf."""
+    name, device = backend
+    logits = torch.randn(2, 21, device=device)
+    logits[0], logits[1, 5] = -torch.inf, -torch.inf
+    logps, entropy = scores(logits, torch.tensor([3, 5], device=device), name)
+    assert logps[0].isnan() and entropy[0].isnan()
+    assert logps[1] == -torch.inf and entropy[1].isfinite()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_keep_their_differences(backend):
+    """Statistics are relative to the row maximum: no cancellation at 1e4."""
+    name, device = backend
+    base = torch.randn(3, 19)
+    ids = torch.randint(0, 19, (3,))
+    logits = (base + 1e4).to(device)
+    exact = logits.cpu().double()
+    want_logps, want_entropy = reference.logprobs(exact, ids)
+    logps, entropy = scores(logits, ids.to(device), name)
+    close(logps, want_logps, ulps=16)
+    close(entropy, want_entropy, ulps=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_tokens(backend, dtype):
+    """Liger#1329: random logits never show the target's gradient as p -> 1; these do."""
+    name, device = backend
+    logits = torch.randn(4, 50)
+    ids = torch.tensor([7, 7, 7, 7])
+    logits[torch.arange(4), ids] += torch.tensor([4.0, 8.0, 12.0, 16.0])
+    logits = logits.to(device, dtype).requires_grad_()
+    logps, _ = scores(logits, ids.to(device), name)
+    (got,) = torch.autograd.grad(logps.sum(), logits)
+    leaf = logits.detach().cpu().double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.logprobs(leaf, ids)[0].sum(), leaf)
+    # one rounding to the dtype (truncation in the interpreter) on top of fp32's 1 − p
+    bound = want.abs() * 2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    if dtype == torch.float16:
+        bound = bound + 2.0**-24
+    assert ((got.cpu().double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_of_range_ids_poison_their_row(backend):
+    """Where checking would wait for the device the row becomes NaN; here on the operators, below the CPU's check."""
+    from fastrl import ops
+    from fastrl.rows import Scoring
+
+    name, device = backend
+    logits = torch.randn(4, 11, device=device)
+    ids = torch.tensor([3, 11, -1, 10**12], device=device)
+    tensors, numbers = ops.pack_scoring(Scoring.of(ids, None, 1.0))
+    result = ops.score_logits(logits, tensors, numbers, name)
+    assert result[0, 0].isfinite() and result[0, 1:].isnan().all()
+    ones = torch.ones(4, device=device)
+    gradient = ops.score_logits_grad(logits, tensors, numbers, result, ones, None, name)
+    assert gradient[0].isfinite().all() and gradient[1:].isnan().all()
+
+
+GRID = torch.cat([torch.linspace(-3, 3, 61), torch.tensor([-25.0, -20.0, 20.0, 25.0, math.log(1.2), math.log(0.8)])])
+
+
+def twins():
+    for objective in Objective:
+        variants = {
+            "plain": {},
+            "unbounded": {"epsilon_low": None, "epsilon_high": None},
+            "dual": {"dual_clip": 1.5},
+            "delta": {"delta": 1.7},
+            "unclamped": {"log_ratio_clamp": None},
+        }
+        for name, fields in variants.items():
+            yield pytest.param(fastrl.LossSpec(objective=objective, aggregation="token-sum", **fields), id=f"{objective}-{name}")
+    for estimator in KLEstimator:
+        spec = fastrl.LossSpec(kl_coef=1.0, kl_estimator=estimator, aggregation="token-sum")
+        yield pytest.param(spec, id=f"kl-{estimator}")
+
+
+@pytest.mark.parametrize("spec", list(twins()))
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+def test_device_twins_of_the_registry(spec, sign):
+    """Every registered objective and estimator: the device function gives the specification's value and derivative."""
+    advantages = torch.full((1, len(GRID)), sign)
+    old = torch.full((1, len(GRID)), -30.0)
+    rollouts = fastrl.Rollouts(
+        torch.zeros(1, len(GRID), dtype=torch.long), advantages=advantages, old_logps=old, ref_logps=old
+    )
+    leaf = (old + GRID).double().requires_grad_()
+    loss, _ = reference.token_loss(leaf.reshape(-1), None, rollouts.flat, None, spec)
+    (want,) = torch.autograd.grad(loss, leaf)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = (old + GRID).to(device).requires_grad_()
+    out = fastrl.policy_loss(mine, rollouts.to(device), spec, backend="triton")
+    (got,) = torch.autograd.grad(out.loss, mine)
+    # rtol for exp near the clamp, where the derivative is e^20
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.loss.detach().cpu().double(), loss.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_objective_and_estimator_has_both_texts():
+    assert set(objectives.OBJECTIVES) == set(Objective)
+    assert set(objectives.KL_ESTIMATORS) == set(KLEstimator)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", ["grpo", "leave-one-out", "batch-scale", "raw-rewards", "gspo"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_inside_the_kernel(backend, name, group_size):
+    """The token kernel normalises rewards itself: as if the advantages had been given."""
+    engine, device = backend
+    batch = make_batch(B=6, device=device, group_size=group_size)
+    spec = OPTIONS[name]
+    advantages = fastrl.group_advantages(
+        batch.rollouts.rewards, group_size=group_size, baseline=spec.advantage_baseline, scale=spec.advantage_scale
+    )
+    logps = torch.full(batch.rollouts.shape, -2.0, device=device)
+    inside = fastrl.policy_loss(logps, batch.rollouts, spec, backend=engine)
+    r = batch.rollouts
+    given = fastrl.Rollouts(r.token_ids, r.mask, advantages, old_logps=r.old_logps)
+    outside = fastrl.policy_loss(logps, given, spec, backend=engine)
+    torch.testing.assert_close(inside.loss, outside.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_programs_than_one_reduction_step(backend, level):
+    """Partial sums of many programs, over several steps of the last program; long and ragged packed sequences."""
+    name, device = backend
+    lengths = [700, 1, 0, 513, 2, 1030, *([3] * 70)]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    N = int(cu[-1])
+    ids = torch.zeros(N, dtype=torch.long)
+    mask = torch.rand(N) > 0.2
+    old = torch.randn(N) * 0.1 - 2
+    rollouts = fastrl.Rollouts(ids, mask, torch.randn(len(lengths)), old_logps=old, cu_seqlens=cu)
+    spec = fastrl.GRPO.replace(ratio_level=level)
+    logps = torch.randn(N) * 0.1 - 2
+    leaf = logps.double().requires_grad_()
+    want, statistics = reference.token_loss(leaf, None, rollouts.flat, None, spec)
+    (gradient,) = torch.autograd.grad(want, leaf)
+    mine = logps.to(device).requires_grad_()
+    out = fastrl.policy_loss(mine, rollouts.to(device), spec, backend=name)
+    out.loss.backward()
+    close(out.loss, want, ulps=64, what="loss")
+    close(mine.grad, gradient, ulps=64, what="dlogps")
+    truth = fastrl.Metrics(statistics, rollouts.flat.counts, tuple(out.metrics))
+    for metric in truth:
+        torch.testing.assert_close(out.metrics[metric].cpu(), truth[metric], rtol=1e-4, atol=1e-5)
