@@ -16,5 +16,6 @@ def log_ratio(delta: Tensor, sequence: Tensor, lengths: Tensor, spec: LossSpec) 
     """
     if spec.ratio_level == RatioLevel.TOKEN:
         return delta
-    total = segment_sum(delta, sequence, lengths.shape[0])
-    return (total / lengths.to(total.dtype).clamp_min(1))[sequence]
+    # Sums one after the other, forward here and backward in the gather: float64, or 65,536 tokens cost four digits.
+    total = segment_sum(delta.double(), sequence, lengths.shape[0])
+    return (total / lengths.double().clamp_min(1))[sequence].to(delta.dtype)
