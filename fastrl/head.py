@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import re
 import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import _checks
 
-# Config fields that scale logits, by what they do. A field not listed here that looks like a logit transform is
-# refused in `_refuse_unknown_transforms`.
+# Config fields that scale the logits (or, the same thing, the hidden states before a head without bias).
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAP = "final_logit_softcapping"
@@ -72,7 +72,7 @@ class LMHead:
             remedy = "merge the adapter or leave the head out of target_modules"
             _checks.refuse("model", "a plain output layer", f"an adapter on it ({type(layer).__name__})", remedy)
         config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-        _refuse_unknown_transforms(base, config)
+        _refuse_unknown_transforms(type(base))
         bias = getattr(layer, "bias", None)
         return cls(layer.weight, bias, logit_scale=_scale(config), softcap=getattr(config, _SOFTCAP, None))
 
@@ -103,51 +103,49 @@ def _check_plain(name: str, value: Any) -> None:
         _checks.refuse(name, "an unquantised tensor", f"a quantised {kind}", "keep the head out of quantisation")
 
 
-# What a causal model may do to `logits` between the head and its return, as unparsed source with `self.config.` and
-# `config.` removed. Anything else is refused: a forgotten transform trains silently wrong.
-_KNOWN_STATEMENTS = {
-    "logits / final_logit_softcapping",
-    "torch.tanh(logits)",
-    "logits * final_logit_softcapping",
-    "logits / logits_scaling",
-    "logits * logits_scaling",
-    "logits * logit_scale",
-    "logits * self.logit_scale",
-    "logits * lm_head_multiplier",
-    "logits * output_multiplier",
-    "logits.float()",
-    "outputs.logits",
-}
+# What a causal model may do to its hidden states and logits between the backbone and its return; anything else is
+# refused, because a forgotten transform trains silently wrong. `_scale` reads the factors from the config.
+_CONFIG = r"(?:self\.(?:model\.)?(?:config\.)?(?:get_text_config\(\)\.)?)?"
+_STATE = r"(?:hidden_states|last_hidden_state|\w*outputs?(?:\.last_hidden_state|\[0\]))"
+_ROWS = rf"(?:{_STATE}(?:\[:, \w+, :\])?|slice_logits_to_keep\({_STATE}, logits_to_keep\))"
+_CAST = r"(?:\.to\((?:dtype=)?self\.\w+\.weight\.dtype\)|\.contiguous\(\))?"
+_KNOWN_STATEMENTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"(?:hidden_states|last_hidden_state) = {_ROWS}(?: if return_dict else \w+\[0\])?",
+        rf"hidden_states = hidden_states / {_CONFIG}logits_scaling",
+        rf"(?:lm_)?logits = self\.(?:lm_head|embed_out|output_projection|proj_out|head|output)\({_ROWS}{_CAST}\)"
+        rf"(?:\.float\(\)|\.contiguous\(\))*(?: \* {_CONFIG}(?:lm_head_multiplier|logits_scaling))?",
+        rf"logits = logits(?:\.float\(\))? / {_CONFIG}(?:final_logit_softcapping|logits_scaling)",
+        rf"logits = logits \* {_CONFIG}(?:final_logit_softcapping|logit_scale|output_multiplier)",
+        r"logits = torch\.tanh\(logits\)",
+        r"logits = logits\.(?:float|contiguous)\(\)",
+    )
+)
+_WATCHED = re.compile(r"(?:lm_)?logits\b|hidden_states\b|last_hidden_state\b")
 
 
-def _refuse_unknown_transforms(model: Any, config: Any) -> None:
-    """Read the model's forward and refuse an assignment to `logits` that is not a known transform."""
+@functools.cache
+def _refuse_unknown_transforms(model_class: type) -> None:
+    """Read the class's forward and refuse a statement on its logits or hidden states that is not known."""
+    name = model_class.__name__
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(model_class.forward))))
     except (OSError, TypeError, SyntaxError):
-        _checks.refuse("model", "a forward whose source can be read", type(model).__name__, "build LMHead(...) by hand")
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != "logits":
+        _checks.refuse("model", "a forward whose source can be read", name, "build LMHead(...) by hand")
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AugAssign)]
+    found = False
+    for node in statements:
+        text = ast.unparse(node)
+        if not _WATCHED.match(text):
             continue
-        text = ast.unparse(node.value).replace("self.config.get_text_config().", "").replace("self.config.", "")
-        text = text.replace("self.model.config.", "").replace("text_config.", "").replace("config.", "")
-        if text in _KNOWN_STATEMENTS or _is_plain_head(text):
-            continue
-        _checks.refuse(
-            "model",
-            "a model whose logits are its head times known factors",
-            f"{type(model).__name__}, which computes `logits = {ast.unparse(node.value)}`",
-            "build LMHead(weight, bias, logit_scale, softcap) by hand if that is equivalent, or start from its logits",
-        )
-
-
-def _is_plain_head(text: str) -> bool:
-    """Whether the statement only applies the output layer to (a slice of) the hidden states, possibly cast to fp32."""
-    text = text.removesuffix(".float()").removesuffix(".contiguous()")
-    names = ("lm_head", "embed_out", "output", "head")
-    inner = ("hidden_states", "outputs.last_hidden_state", "outputs[0]", "last_hidden_state", "hidden_states[0]")
-    heads = tuple(f"self.{name}({hidden}" for name in names for hidden in inner)
-    if not text.startswith(heads) or not text.endswith(")"):
-        return False
-    rest = text[len(max((h for h in heads if text.startswith(h)), key=len)) : -1]
-    return rest in ("", ".contiguous()") or (rest.startswith("[:, ") and rest.endswith("]") and "(" not in rest.replace("slice_indices", ""))
+        if not any(pattern.fullmatch(text) for pattern in _KNOWN_STATEMENTS):
+            _checks.refuse(
+                "model",
+                "a model whose logits are its head times known factors",
+                f"{name}, which computes `{text}`",
+                "build LMHead(weight, bias, logit_scale, softcap) if that is equivalent, or start from its logits",
+            )
+        found = found or bool(re.match(r"(?:lm_)?logits = self\.", text))
+    if not found:
+        _checks.refuse("model", "a forward that applies its head to hidden states", name, "build LMHead(...) by hand")
