@@ -1,0 +1,79 @@
+"""`python -m bench` as a user runs it: the promised JSON, and no speed for a provider that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = {"date", "command", "git", "machine", "versions", "device", "quick", "ceilings", "rows"}
+ROW = {
+    "case", "suite", "shape", "provider", "status", "reason", "errors", "checked_rows", "ms", "first_ms", "peak_mib",
+    "first_peak_mib", "rate",
+}  # fmt: skip
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def quick(out: Path, *arguments: str) -> dict:
+    done = bench("--quick", "--device", "cpu", "--providers", "eager", "fastrl", "--out", str(out), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "say nothing about the Triton kernels" in " ".join(done.stdout.split())
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("suite", "case"), [("token", "policy"), ("hidden", "trainable")])
+def test_quick_run_writes_the_promised_json(tmp_path: Path, suite: str, case: str) -> None:
+    document = quick(tmp_path, "--suite", suite, "--case", case)
+    assert set(document) == DOCUMENT
+    assert {"cpu", "cores", "memory_gib", "gpu"} <= set(document["machine"])
+    assert {"python", "torch", "triton", "transformers", "trl", "liger"} <= set(document["versions"])
+    assert document["git"].keys() == {"commit", "dirty"}
+    assert document["ceilings"]["copy_gbs"] > 0
+    assert {row["provider"] for row in document["rows"]} == {"eager", "fastrl"}
+    for row in document["rows"]:
+        assert set(row) == ROW
+        assert row["status"] == "ok", row["reason"]
+        assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+        assert row["first_ms"] > 0
+        assert row["rate"]["share"] > 0
+        assert all(error["error"] <= error["bar"] for error in row["errors"].values())
+    assert str(tmp_path) not in json.dumps(document)
+
+
+def test_a_wrong_provider_gets_no_speed(tmp_path: Path) -> None:
+    document = quick(tmp_path, "--suite", "logits", "--case", "grpo", "--inject-wrong")
+    rows = {row["provider"]: row for row in document["rows"]}
+    assert rows["fastrl"]["status"] == "ok" and rows["fastrl"]["ms"]
+    wrong = rows["wrong"]
+    assert wrong["status"] == "wrong" and "dlogits is off by" in wrong["reason"]
+    assert wrong["errors"]["loss"]["error"] > wrong["errors"]["loss"]["bar"]
+    for speed in ("ms", "first_ms", "rate", "peak_mib"):
+        assert wrong[speed] is None
+
+
+def test_codegen_reports_json() -> None:
+    pytest.importorskip("triton")
+    done = bench("codegen", "--json", "--kernel", "scale", "--arch", "sm_90")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["kernel"] == "scale" and row["arch"] == "sm_90" and row["spill_bytes"] == 0 and row["error"] is None
+
+
+def test_an_unknown_case_is_refused(tmp_path: Path) -> None:
+    done = bench("--quick", "--case", "nothing-is-called-this", "--out", str(tmp_path))
+    assert done.returncode == 2 and "--case" in done.stderr
