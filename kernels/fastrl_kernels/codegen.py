@@ -214,7 +214,7 @@ def _ptx_widths(ptx: str, build: Build) -> tuple[int, int]:
 def _gcn_widths(text: str, build: Build) -> tuple[int, int]:
     if not build.vocabulary:
         return 0, 0
-    loop = _loop_text(text, r"^(\.L\w+):.*Loop Header", r"s_c?branch\w*\s+(\.L\w+)")
+    loop = _loop_text(text, r"^(\.L\w+):.*Loop", r"s_c?branch\w*\s+(\.L\w+)")
     width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 
     def narrowest(kind: str) -> int:
