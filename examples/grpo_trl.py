@@ -28,7 +28,7 @@ from trl import GRPOTrainer as TRLTrainer
 from fastrl.adapters.trl import GRPOTrainer
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import matplotlib.pyplot as plt
 
 CURVES = {
     "reward": "reward (fraction right)",

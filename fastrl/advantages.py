@@ -107,9 +107,7 @@ def normalise(r: Tensor, groups: Tensor, baseline: str, scale: str, eps: float) 
 def sequence_advantages(flat: Flat, spec: LossSpec) -> Tensor:
     """(S,) advantages of a batch that came with rewards, by the spec's baseline and scale."""
     groups = group_index(flat.rewards, flat.group_size, flat.group_ids)
-    every = normalise(
-        flat.rewards.double(), groups, spec.advantage_baseline, spec.advantage_scale, spec.advantage_eps
-    )
+    every = normalise(flat.rewards.double(), groups, spec.advantage_baseline, spec.advantage_scale, spec.advantage_eps)
     return every[flat.first_sequence : flat.first_sequence + flat.num_sequences]
 
 

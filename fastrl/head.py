@@ -67,7 +67,9 @@ class LMHead:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         layer = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if layer is None or not hasattr(layer, "weight"):
-            _checks.refuse("model", "a model with an output embedding", type(model).__name__, "build LMHead(weight) by hand")
+            _checks.refuse(
+                "model", "a model with an output embedding", type(model).__name__, "build LMHead(weight) by hand"
+            )
         if hasattr(layer, "base_layer"):
             remedy = "merge the adapter or leave the head out of target_modules"
             _checks.refuse("model", "a plain output layer", f"an adapter on it ({type(layer).__name__})", remedy)

@@ -68,15 +68,13 @@ class _Rows(NamedTuple):
     """The rows worth projecting, those that can carry a gradient first."""
 
     order: Tensor  # (n,) int64
-    count: int  # how many count
+    total: int  # how many there are
     grad_count: int  # how many of them, from the front, can carry a gradient
     ends: list[int]  # sequence boundaries within `order`, when the plan needs them
     found: Tensor | None = None  # (2,) the counts as the device knows them, to hold the caller's against
 
     @classmethod
-    def select(
-        cls, flat: Flat, spec: LossSpec, advantages: Tensor, by_sequence: bool, row_counts: list[int]
-    ) -> _Rows:
+    def select(cls, flat: Flat, spec: LossSpec, advantages: Tensor, by_sequence: bool, row_counts: list[int]) -> _Rows:
         """Drop masked rows; put rows whose gradient is known to be zero (zero advantage, no penalty) last.
 
         One host synchronisation, to learn the counts (and for whole sequences their lengths); none when the counts are
@@ -248,7 +246,7 @@ def hidden_loss(
     dtype = wide(hidden.dtype)
     inputs = reference.token_inputs(flat, normalizer, spec, dtype)
     rows = _Rows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(rows.count, 1))
+    limit = min(rows_per_chunk(weight, buffer_bytes), max(rows.total, 1))
     project = _Projection(hidden, weight, bias, limit, needs)
     stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
     scores = RowScores(*stack.unbind(0))
@@ -261,7 +259,7 @@ def hidden_loss(
 
     if longest > limit and grad_count:
         rows = rows._replace(ends=[])
-        for chunk in rows.chunks(0, rows.count, limit):
+        for chunk in rows.chunks(0, rows.total, limit):
             backend.score(project.logits(chunk), scoring.at(chunk), scores)
         everything = torch.arange(flat.num_tokens, device=hidden.device)
         backend.coefficients(scores, scaled, everything, spec, dlogp, dentropy)
@@ -275,7 +273,7 @@ def hidden_loss(
             _score_and_differentiate(backend, kind, logits, scoring.at(chunk), scaled, spec, scores, dlogp, dentropy)
             project.accumulate(chunk, logits)
         rows = rows._replace(ends=[])
-        for chunk in rows.chunks(grad_count, rows.count, limit):
+        for chunk in rows.chunks(grad_count, rows.total, limit):
             backend.score(project.logits(chunk), scoring.at(chunk), scores)
 
     loss, statistics, _, _ = backend.token_loss(scores.logp, scores.entropy, flat, normalizer, spec, grad=False)
@@ -310,4 +308,3 @@ def _half_scale(weights: Tensor) -> Tensor:
     """A power of two that lifts the largest weight to about 1: fp16 cannot hold 1/N times a probability."""
     largest = weights.max() if weights.numel() else weights.new_ones(())
     return torch.where(largest > 0, torch.exp2(-largest.log2().floor()), 1.0)
-

@@ -74,9 +74,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 
 
 @_operator("score_logits")
-def score_logits(
-    logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str
-) -> Tensor:
+def score_logits(logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str) -> Tensor:
     """(4, N) row scores."""
     return levels.logits_score(logits, _scoring(scoring, numbers), backends.load(backend))
 
@@ -121,9 +119,7 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Step B: loss, statistics, dloss/dlogp, dloss/dentropy."""
     run = backends.load(backend).token_loss
-    loss, statistics, dlogp, dentropy = run(
-        logps, entropy, Flat(*flat, *sizes), normalizer, spec_of(spec), grad=grad
-    )
+    loss, statistics, dlogp, dentropy = run(logps, entropy, Flat(*flat, *sizes), normalizer, spec_of(spec), grad=grad)
     return loss, statistics, _some(dlogp, loss), _some(dentropy, loss)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrl.spec import Aggregation, AdvantageScale, LossSpec, RatioLevel
+from fastrl.spec import AdvantageScale, Aggregation, LossSpec, RatioLevel
 
 PPO = LossSpec()
 """Clipped surrogate, ℓ = −min(r·A, clip(r, 1±0.2)·A), mean over tokens (Schulman et al. 2017, arXiv:1707.06347)."""

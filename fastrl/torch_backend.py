@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fastrl.spec import LossSpec
 name = "torch"
 fuses_objectives = False  # no one-pass kernel: A, B, C always run one after the other
 
-_BLOCK_BYTES = {"cpu": 2**19, "cuda": 2**27}  # on a CPU three such blocks should fit a core's L2 cache
+_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}  # on a CPU two cores' L2 caches hold three such blocks
 _LOWEST = -1e5  # exp of it is 0 in float32 and float64, and 0·_LOWEST is 0 where 0·(−inf) is NaN
 
 
@@ -67,113 +68,119 @@ def _transform(rows: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
     return t * scoring.softcap, t
 
 
-def _tokens(scoring: Scoring, start: int, stop: int) -> Tensor | slice:
-    """The tokens that rows start:stop score."""
-    return slice(start, stop) if scoring.rows is None else scoring.rows[start:stop]
+class _Targets(NamedTuple):
+    """Per row of a call, gathered once: what the blocks then slice."""
+
+    tokens: Tensor | slice  # the tokens that the rows score
+    ids: Tensor  # (n, 1) int64, safe to index with
+    outside: Tensor  # (n,) bool: the id was not in the vocabulary
+    valid: Tensor | None  # (n,) bool; None = all count
+    factor: Tensor | None  # (n, 1), when the temperature differs between tokens
+
+    @classmethod
+    def of(cls, scoring: Scoring, vocab: int, dtype: torch.dtype) -> _Targets:
+        tokens = slice(None) if scoring.rows is None else scoring.rows
+        ids = scoring.ids[tokens]
+        safe = ids.clamp(0, vocab - 1)
+        factor = (
+            None if scoring.temperature is None else scoring.factor / scoring.temperature[tokens].to(dtype)[:, None]
+        )
+        valid = None if scoring.mask is None else scoring.mask[tokens]
+        return cls(tokens, safe[:, None], ids != safe, valid, factor)
 
 
-def _factor(scoring: Scoring, tokens: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
-    if scoring.temperature is None:
-        return scoring.factor
-    return (scoring.factor / scoring.temperature[tokens].to(dtype))[:, None]
+def _scale_rows(x: Tensor, scoring: Scoring, targets: _Targets, start: int, stop: int) -> None:
+    """x ← f·x for rows start:stop."""
+    if targets.factor is not None:
+        x.mul_(targets.factor[start:stop])
+    elif scoring.factor != 1.0:
+        x.mul_(scoring.factor)
 
 
-def _targets(scoring: Scoring, tokens: Tensor | slice, vocab: int) -> tuple[Tensor, Tensor]:
-    """Ids that are safe to index with, and which of them were out of range."""
-    ids = scoring.ids[tokens]
-    safe = ids.clamp(0, vocab - 1)
-    return safe, ids != safe
+def _nothing_in(rows: Tensor | None) -> bool:
+    """Whether no row is set, where knowing it costs no synchronisation."""
+    return rows is not None and rows.device.type == "cpu" and not rows.any()
 
 
 def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
     """Step A: write logp, entropy, row maximum and log-sum of every row; 0 under the mask."""
-    vocab = logits.shape[-1]
+    vocab, dtype = logits.shape[-1], wide(logits.dtype)
+    targets = _Targets.of(scoring, vocab, dtype)
     scratch = _scratch(logits, 2)
+    chosen, total, weighted, top = torch.zeros((4, targets.ids.shape[0]), dtype=dtype, device=logits.device).unbind(0)
     for start, stop, rows in _blocks(logits):
-        tokens = _tokens(scoring, start, stop)
-        valid = None if scoring.mask is None else scoring.mask[tokens]
-        if valid is not None and valid.device.type == "cpu" and not valid.any():
-            for field in out:
-                field[tokens] = 0
+        here = slice(start, stop)
+        if targets.valid is not None and _nothing_in(targets.valid[here]):
             continue
         u, _ = _transform(rows, scoring)
-        factor = _factor(scoring, tokens, u.dtype)
-        ids, outside = _targets(scoring, tokens, vocab)
-        top = u.amax(-1)
         d, e = scratch[:, : stop - start]
-        torch.sub(u, top[:, None], out=d)
-        if not isinstance(factor, float) or factor != 1.0:
-            d.mul_(factor)
-        chosen = d.gather(-1, ids[:, None]).squeeze(-1)
+        torch.amax(u, -1, out=top[here])
+        torch.sub(u, top[here, None], out=d)
+        _scale_rows(d, scoring, targets, start, stop)
+        chosen[here] = d.gather(-1, targets.ids[here])[:, 0]
         torch.exp(d.clamp_(min=_LOWEST), out=e)
-        total = _row_sum(e)
-        log_sum = total.log()
-        entropy = (log_sum - _row_sum(e.mul_(d)) / total).clamp(0, math.log(vocab))
-        logp = (chosen - log_sum).clamp_max(0).masked_fill(outside, torch.nan)
-        for field, values in zip(out, (logp, entropy, top, log_sum), strict=True):
-            field[tokens] = values if valid is None else values.masked_fill(~valid, 0)
+        total[here] = _row_sum(e)
+        weighted[here] = _row_sum(e.mul_(d))
+    log_sum = total.log()
+    entropy = (log_sum - weighted / total).clamp(0, math.log(vocab))
+    logp = (chosen - log_sum).clamp_max(0).masked_fill(targets.outside, torch.nan)
+    for field, values in zip(out, (logp, entropy, top, log_sum), strict=True):
+        field[targets.tokens] = values if targets.valid is None else values.masked_fill(~targets.valid, 0)
 
 
 def differentiate(
     logits: Tensor, scoring: Scoring, scores: RowScores, dlogp: Tensor | None, dentropy: Tensor | None, out: Tensor
 ) -> None:
     """Step C: out ← d(Σ dlogp·logp + dentropy·entropy)/dlogits, row by row; `out` may be `logits`."""
-    vocab = logits.shape[-1]
-    scratch = _scratch(logits, 1) if out.dtype != wide(logits.dtype) else None
-    for (start, stop, rows), (_, _, target) in zip(_blocks(logits), _blocks_like(out, logits), strict=True):
-        tokens = _tokens(scoring, start, stop)
-        live = _live(scoring, tokens, dlogp, dentropy)
-        if live.device.type == "cpu" and not live.any():
+    vocab, dtype = logits.shape[-1], wide(logits.dtype)
+    targets = _Targets.of(scoring, vocab, dtype)
+    row = RowScores(*(field[targets.tokens][:, None] for field in scores))
+    c = torch.zeros_like(row.logp) if dlogp is None else dlogp[targets.tokens][:, None].to(dtype)
+    e = None if dentropy is None else dentropy[targets.tokens][:, None].to(dtype)
+    live = _live(targets, c, e)
+    c = c.masked_fill(targets.outside[:, None], torch.nan)
+    share = -c * torch.exp(-row.log_sum)
+    scratch = _scratch(logits, 1) if out.dtype != dtype else None
+    for (start, stop, rows), target in zip(_blocks(logits), _blocks_like(out, logits), strict=True):
+        here = slice(start, stop)
+        if _nothing_in(live[here]):
             target.zero_()
             continue
         u, tanh = _transform(rows, scoring)
-        factor = _factor(scoring, tokens, u.dtype)
-        ids, outside = _targets(scoring, tokens, vocab)
-        c = torch.zeros_like(scores.logp[tokens]) if dlogp is None else dlogp[tokens]
-        c = torch.where(outside, torch.nan, c).to(u.dtype)
         g = target if scratch is None else scratch[0, : stop - start]
-        torch.sub(u, scores.row_max[tokens][:, None], out=g)
-        if not isinstance(factor, float) or factor != 1.0:
-            g.mul_(factor)
-        g.sub_(scores.log_sum[tokens][:, None])
-        if dentropy is None:
-            g.exp_().mul_(-c[:, None])
+        torch.sub(u, row.row_max[here], out=g)
+        _scale_rows(g, scoring, targets, start, stop)
+        if e is None:
+            g.exp_().mul_(share[here])
         else:
-            e = dentropy[tokens].to(u.dtype)
-            slope = (g.clamp(min=_LOWEST) + scores.entropy[tokens][:, None]).mul_(e[:, None]).add_(c[:, None])
+            g.sub_(row.log_sum[here])
+            slope = (g.clamp(min=_LOWEST) + row.entropy[here]).mul_(e[here]).add_(c[here])
             g.exp_().mul_(slope).neg_()
-        g.scatter_add_(-1, ids[:, None], c[:, None])
-        if not isinstance(factor, float) or factor != 1.0:
-            g.mul_(factor)
+        g.scatter_add_(-1, targets.ids[here], c[here])
+        _scale_rows(g, scoring, targets, start, stop)
         if tanh is not None:
             g.mul_(tanh.square_().neg_().add_(1)).mul_(scoring.inner * scoring.softcap)
-        if scoring.mask is not None:  # a zero cotangent gives zeros by itself, garbage under the mask may not
-            g.masked_fill_(~live[:, None], 0)
+        if targets.valid is not None:  # a zero cotangent gives zeros by itself, garbage under the mask may not
+            g.masked_fill_(~live[here, None], 0)
         if g is not target:
             target.copy_(g)
 
 
-def _blocks_like(out: Tensor, logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of `out` that match those of `logits`, whose strides may merge where `out`'s do not."""
-    if out.ndim == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1):
-        width, step = out.shape[1], None
-        for start, stop, _ in _blocks(logits):
-            b, t = divmod(start, width)
-            step = stop - start
-            yield start, stop, out[b, t : t + step]
-        return
-    flat = out.flatten(0, 1) if out.ndim == 3 else out
+def _live(targets: _Targets, c: Tensor, e: Tensor | None) -> Tensor:
+    """(n,) rows that can have a gradient."""
+    live = (c if e is None else c.abs() + e.abs())[:, 0] != 0
+    return live if targets.valid is None else live & targets.valid
+
+
+def _blocks_like(out: Tensor, logits: Tensor) -> Iterator[Tensor]:
+    """The blocks of `out` that match those of `logits`, whose batches may merge where `out`'s do not."""
+    merged = logits.ndim == 2 or logits.stride(0) == logits.shape[1] * logits.stride(1)
     for start, stop, _ in _blocks(logits):
-        yield start, stop, flat[start:stop]
-
-
-def _live(scoring: Scoring, tokens: Tensor | slice, dlogp: Tensor | None, dentropy: Tensor | None) -> Tensor:
-    """(r,) rows that can have a gradient."""
-    live = torch.zeros_like(scoring.ids[tokens], dtype=torch.bool)
-    for cotangent in (dlogp, dentropy):
-        if cotangent is not None:
-            live = live | (cotangent[tokens] != 0)
-    return live if scoring.mask is None else live & scoring.mask[tokens]
+        if merged:
+            yield (out.flatten(0, 1) if out.ndim == 3 else out)[start:stop]
+        else:
+            b, t = divmod(start, out.shape[1])
+            yield out[b, t : t + stop - start]
 
 
 def _value_and_grad(
@@ -188,7 +195,9 @@ def _value_and_grad(
     with _autograd():
         leaves = [x.detach().requires_grad_() for x in variables]
         value = loss(leaves[0], leaves[1] if len(leaves) > 1 else entropy)
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        gradients = (
+            torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        )
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, gradients, strict=True)]
     return value.detach(), filled[0], filled[1] if len(filled) > 1 else None
 

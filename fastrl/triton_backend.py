@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import fastrl_kernels as kernels
 import torch
 from torch import Tensor
 
-import fastrl_kernels as kernels
 from fastrl import metrics, torch_backend
 from fastrl.advantages import sequence_advantages
 from fastrl.flat import Flat

@@ -37,7 +37,13 @@ def test_promise_8_needs_input_grad(backend, through, wants):
     else:
         r = batch.rollouts
         logps, entropy = fastrl.logprobs_from_hidden(
-            leaves[0], batch.head(*leaves[1:]), r.token_ids, temperature=0.7, mask=r.mask, backend=name, buffer_bytes=900
+            leaves[0],
+            batch.head(*leaves[1:]),
+            r.token_ids,
+            temperature=0.7,
+            mask=r.mask,
+            backend=name,
+            buffer_bytes=900,
         )
         loss = fastrl.policy_loss(logps, r, SPEC, entropy=entropy, backend=name).loss
     assert loss.requires_grad == any(wants)
@@ -219,7 +225,12 @@ def test_promise_12_compile_fullgraph(backend, spec):
     for T in (5, 6, 7, 9, 12):
         hidden = torch.randn(2, T, 8, device=device, requires_grad=True)
         ids = torch.randint(0, 33, (2, T), device=device)
-        inputs = (ids, torch.rand(2, T, device=device) > 0.2, torch.randn(2, device=device), -torch.rand(2, T, device=device))
+        inputs = (
+            ids,
+            torch.rand(2, T, device=device) > 0.2,
+            torch.randn(2, device=device),
+            -torch.rand(2, T, device=device),
+        )
         eager = step(hidden, weight, *inputs)
         want = torch.autograd.grad(eager, (hidden, weight))
         loss = compiled(hidden, weight, *inputs)
@@ -300,7 +311,9 @@ def test_custom_objective_with_state_and_branches(backend):
 
     batch = make_batch(device=device)
     spec = fastrl.LossSpec(objective=soft, kl_coef=0.1)
-    truth = truth_from_hidden(batch, fastrl.LossSpec(objective=lambda d, a: -a * 0.3 * torch.tanh(d / 0.3), kl_coef=0.1))
+    truth = truth_from_hidden(
+        batch, fastrl.LossSpec(objective=lambda d, a: -a * 0.3 * torch.tanh(d / 0.3), kl_coef=0.1)
+    )
     leaves = [x.clone().requires_grad_() for x in (batch.hidden, batch.weight, batch.bias)]
     loss = hidden_loss(leaves, batch, name, spec)
     loss.backward()

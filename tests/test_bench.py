@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = {"date", "command", "git", "machine", "versions", "device", "quick", "ceilings", "rows"}
 ROW = {
     "case", "suite", "shape", "provider", "status", "reason", "errors", "checked_rows", "ms", "first_ms", "peak_mib",
-    "first_peak_mib", "rate",
+    "first_peak_mib", "rate", "vs_eager", "disturbed_rounds",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def test_quick_run_writes_the_promised_json(tmp_path: Path, suite: str, case: st
         assert set(row) == ROW
         assert row["status"] == "ok", row["reason"]
         assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+        assert len(row["ms"]["samples"]) >= 5
         assert row["first_ms"] > 0
         assert row["rate"]["share"] > 0
         assert all(error["error"] <= error["bar"] for error in row["errors"].values())
@@ -62,7 +63,7 @@ def test_a_wrong_provider_gets_no_speed(tmp_path: Path) -> None:
     wrong = rows["wrong"]
     assert wrong["status"] == "wrong" and "dlogits is off by" in wrong["reason"]
     assert wrong["errors"]["loss"]["error"] > wrong["errors"]["loss"]["bar"]
-    for speed in ("ms", "first_ms", "rate", "peak_mib"):
+    for speed in ("ms", "first_ms", "rate", "peak_mib", "vs_eager"):
         assert wrong[speed] is None
 
 

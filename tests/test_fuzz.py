@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from common import close, truth_from_logits
+from common import truth_from_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

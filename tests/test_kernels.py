@@ -213,7 +213,9 @@ def twins():
             "unclamped": {"log_ratio_clamp": None},
         }
         for name, fields in variants.items():
-            yield pytest.param(fastrl.LossSpec(objective=objective, aggregation="token-sum", **fields), id=f"{objective}-{name}")
+            yield pytest.param(
+                fastrl.LossSpec(objective=objective, aggregation="token-sum", **fields), id=f"{objective}-{name}"
+            )
     for estimator in KLEstimator:
         spec = fastrl.LossSpec(kl_coef=1.0, kl_estimator=estimator, aggregation="token-sum")
         yield pytest.param(spec, id=f"kl-{estimator}")

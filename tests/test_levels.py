@@ -162,7 +162,9 @@ def test_promise_2_logits(backend, dtype, preset):
     largest = truth.logps.abs().max().item()
     no_worse_than_torch(out.loss, plain_loss, truth.loss, torch.float32, "loss", scale=largest)
     valid = batch.rollouts.mask.reshape(-1)
-    no_worse_than_torch(out.logps.reshape(-1)[valid], chosen[valid], truth.logps.reshape(-1)[valid.cpu()], dtype, "logps")
+    no_worse_than_torch(
+        out.logps.reshape(-1)[valid], chosen[valid], truth.logps.reshape(-1)[valid.cpu()], dtype, "logps"
+    )
     # The interpreter truncates bf16 stores where a GPU rounds to nearest: an error of up to one ulp instead of half.
     no_worse_than_torch(ours.grad, plain.grad, truth.gradients[0], dtype, "dlogits")
 
@@ -228,6 +230,9 @@ def test_statistics_table_has_no_unknown_column():
     spec = fastrl.PPO.replace(dual_clip=2.0)
     names = fastrl.metrics.metric_names(spec, entropy=True, ref=True, rollout=True)
     values = Metrics(torch.arange(1.0, len(STATISTICS) + 1), torch.tensor([7.0, 2.0]), names)
-    seen = {round(float(values[name] * 7), 3) for name in values} | {float(values["ratio_min"]), float(values["ratio_max"])}
+    seen = {round(float(values[name] * 7), 3) for name in values} | {
+        float(values["ratio_min"]),
+        float(values["ratio_max"]),
+    }
     for column, value in zip(STATISTICS, range(1, len(STATISTICS) + 1), strict=True):
         assert column == "ratio_square" or float(value) in seen, column

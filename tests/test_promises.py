@@ -241,7 +241,11 @@ def test_promise_10_order_and_padding(backend):
             return torch.nn.functional.pad(x[order], (2, 3))
 
         more = fastrl.Rollouts(
-            wide(r.token_ids), wide(r.mask), r.advantages[order], old_logps=wide(r.old_logps), ref_logps=wide(r.ref_logps)
+            wide(r.token_ids),
+            wide(r.mask),
+            r.advantages[order],
+            old_logps=wide(r.old_logps),
+            ref_logps=wide(r.ref_logps),
         )
         padded = torch.nn.functional.pad(logits[order], (0, 0, 2, 3), value=float("nan"))
         close(fastrl.policy_loss_from_logits(padded, more, spec, backend=name).loss, want, ulps=16)

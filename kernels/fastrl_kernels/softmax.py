@@ -135,9 +135,7 @@ def tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, 
 
 
 @triton.jit
-def write_row_gradient(
-    row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr
-):
+def write_row_gradient(row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr):
     """Second sweep over a row, last tile first (it is the likeliest to be in cache), rounding once at the store."""
     offs = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V

@@ -1,0 +1,42 @@
+# Two commands for a machine with Python, pip, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch first and by its exact pin: a range would bring the newest build with its CUDA packages.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo compare test lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/grpo_trl.py
+
+compare: $(VENV)/.installed
+	$(BIN)/python examples/grpo_trl.py --loss both --out docs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python examples/hand_written_loop.py
+	$(BIN)/python examples/hf_trainer.py
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench --suite all --plot
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trl,dev]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt liger-kernel
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist examples/out

@@ -1,0 +1,1 @@
+"""Benchmarks of fastrl against plain torch and other libraries: `python -m bench --help`."""

@@ -1,0 +1,163 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import codegen, machine, memory, report, runner, suites
+from bench.case import Case
+from bench.quiet import undisturbed
+from bench.timing import copy_bandwidth, gemm_rate
+
+DESCRIPTION = """Time and memory of fastrl against plain torch, torch.compile, Liger and TRL.
+
+Every provider is first held against a float64 oracle, values and every gradient; one whose error exceeds twice
+that of plain torch in the same dtype is reported as wrong and gets no speed. Providers are timed in turns, on
+inputs made anew outside the clock. Rounds in which other processes took over a tenth of the CPU are dropped for
+all providers alike; speed-ups are paired round by round, and withheld where the times are too scattered. "first
+ms" is one call of one fresh process. Shares are of this machine's own copy bandwidth and GEMM rate.
+
+suites:
+  logits   GRPO with KL from logits, forward and backward; log-probs and entropies without gradient
+  hidden   GRPO with KL from hidden states and the head, trainable and frozen
+  token    policy loss from log-probs with metrics; group-normalised advantages
+  all      all of them
+
+`python -m bench codegen` reports registers, spills and access widths of every kernel instead (no GPU needed)."""
+ON_CPU = (
+    "[bold yellow]{}mall cases on the CPU, where fastrl runs in plain torch. "
+    "These numbers say nothing about the Triton kernels.[/]"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--suite", choices=(*suites.SUITES, "all"), default="all", help="what to run (default: all)")
+    made.add_argument(
+        "--providers", nargs="+", choices=suites.PROVIDERS, metavar="NAME", default=list(suites.PROVIDERS),
+        help=f"whom to run: {', '.join(suites.PROVIDERS)} (default: all)",
+    )  # fmt: skip
+    made.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    made.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
+        help="folder for the JSON (default: bench/results)",
+    )  # fmt: skip
+    made.add_argument("--name", metavar="NAME", help="file name without .json (default: from device and suite)")
+    made.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
+    made.add_argument("--plot", action="store_true", help="also write a bar chart, NAME.png")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    made.add_argument("--inject-wrong", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--worker", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["codegen"]:
+        sub = argparse.ArgumentParser(prog="python -m bench codegen", description=codegen.__doc__)
+        codegen.add_arguments(sub)
+        return codegen.main(sub.parse_args(arguments[1:]))
+    options = parser().parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    _quiet()
+    if options.worker:
+        name, provider = options.worker
+        case = next(case for case in suites.cases("all", options.device, options.quick) if case.name == name)
+        print(json.dumps(memory.worker(case, provider)))
+        return 0
+    cases = [c for c in suites.cases(options.suite, options.device, options.quick) if options.case in c.name]
+    if not cases:
+        print(f"--case: no case of suite {options.suite} contains {options.case!r}", file=sys.stderr)
+        return 2
+    if options.inject_wrong:
+        cases = [suites.with_wrong_provider(case) for case in cases]
+        options.providers = [*options.providers, "wrong"]
+    return _benchmark(cases, options)
+
+
+def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
+    """Run the cases; the JSON is written after each, so that an interrupted run keeps what it has."""
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    path = options.out / f"{options.name or default_name(options)}.json"
+    if options.device == "cpu":
+        console.print(ON_CPU.format("S" if torch.cuda.is_available() else "No GPU here: s"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring the ceilings", total=len(cases))
+        ceilings = _ceilings(cases, options.device)
+        console.print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
+        document = _document(options, ceilings)
+        for case in cases:
+            rows = runner.run_case(
+                case, options.providers, ceilings, options.quick, lambda text: progress.update(task, description=text)
+            )
+            document["rows"] += rows
+            report.write(path, document)
+            console.print(report.table(rows))
+            progress.advance(task)
+    console.print(f"written: {path}", soft_wrap=True)
+    if options.plot:
+        title = document["machine"]["gpu"] if options.device != "cpu" else document["machine"]["cpu"]
+        report.plot(path.with_suffix(".png"), document["rows"], title)
+        console.print(f"written: {path.with_suffix('.png')}", soft_wrap=True)
+    return 0
+
+
+def _ceilings(cases: list[Case], device: str) -> dict[str, float]:
+    """copy_gbs: GB/s read plus written; gemm_DTYPE_tflops: TFLOP/s for each dtype of a case with products."""
+    dtypes = sorted({case.shape.dtype for case in cases if case.least_flops})
+    rates = {f"gemm_{dtype}_tflops": undisturbed(lambda dtype=dtype: gemm_rate(dtype, device)) for dtype in dtypes}
+    return {"copy_gbs": undisturbed(lambda: copy_bandwidth(device))} | rates
+
+
+def _document(options: argparse.Namespace, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Everything but the rows; the command is rebuilt from the options, since the typed one may hold paths."""
+    chosen = options.providers if set(options.providers) < set(suites.PROVIDERS) else []
+    command = ["python -m bench", f"--suite {options.suite}", f"--device {options.device}"]
+    command += [f"--providers {' '.join(chosen)}"] * bool(chosen) + [f"--case {options.case}"] * bool(options.case)
+    command += ["--quick"] * options.quick
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "git": machine.git(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "device": options.device,
+        "quick": options.quick,
+        "ceilings": ceilings,
+        "rows": [],
+    }
+
+
+def default_name(options: argparse.Namespace) -> str:
+    """E.g. "cpu", "nvidia-h200-hidden", "cpu-token-quick"."""
+    device = options.device
+    if device == "cuda":
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    suite = f"-{options.suite}" * (options.suite != "all")
+    return f"{device}{suite}{'-quick' * options.quick}"
+
+
+def _quiet() -> None:
+    """Other libraries' warnings would tear the progress bar; what matters comes back as a reason in a row."""
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "trl", "torch._dynamo", "torch._inductor"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""Batches as fastrl takes them, and the float64 oracle: shared by every suite."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import fastrl
+from bench.case import Inputs
+from bench.plain import EPSILON, KL_COEF
+from fastrl import reference
+
+SPEC = fastrl.GRPO.replace(kl_coef=KL_COEF, epsilon_low=EPSILON, epsilon_high=EPSILON)
+
+
+def rollouts(inputs: Inputs) -> fastrl.Rollouts:
+    """Built inside the timed call: a new batch pays for its validation."""
+    return fastrl.Rollouts(
+        inputs["ids"],
+        inputs["mask"],
+        inputs["advantages"],
+        old_logps=inputs["old"],
+        ref_logps=inputs["ref"],
+    )
+
+
+def oracle_loss(logps: Tensor, inputs: Inputs) -> Inputs:
+    """The loss by the reference, in the dtype of the log-probs."""
+    return {"loss": reference.token_loss(logps.flatten(), None, rollouts(inputs).flat, None, SPEC)[0]}
+
+
+def oracle_from_logits(inputs: Inputs, logits: Tensor) -> Inputs:
+    logps, _ = reference.logprobs(logits, inputs["ids"], inputs["mask"])
+    return oracle_loss(logps, inputs)

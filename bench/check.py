@@ -1,0 +1,93 @@
+"""Every provider against a float64 oracle, before anything is timed: values and every gradient.
+
+error = max|x − exact|. The bar is twice the error of plain torch in the same dtype plus a small absolute term:
+4 (half precision: 1) units of the result's last place at the largest magnitude. For the loss that magnitude is taken
+as 1, the size of the terms it is a mean of; they cancel, and its own size says nothing about their rounding.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.case import Case, Inputs, Provider, Run, leaves, step
+
+CPU_BUDGET = 512 * 2**20
+"""Bytes of float64 logits in a check on the CPU; an accelerator gives a sixteenth of its memory."""
+ROWS_WITHOUT_VOCABULARY = 2**20
+
+
+@dataclass(frozen=True)
+class Error:
+    error: float
+    bar: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bar  # False for NaN
+
+
+def results(run: Run, inputs: Inputs) -> Inputs:
+    """Outputs and, as "d" + name, the gradients of all leaves."""
+    outputs = {name: value.detach() for name, value in step(run, inputs).items()}
+    for name, leaf in leaves(inputs).items():
+        if leaf.grad is None:
+            raise RuntimeError(f"no gradient for {name}")
+        outputs[f"d{name}"] = leaf.grad
+    return outputs
+
+
+class Oracle:
+    """The exact results of a case on (possibly) fewer rows, and the error bars that follow."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self.shape = case.shape.with_rows(_row_limit(case)) if case.check_rows else case.shape
+        inputs = case.make_inputs(self.shape, True)
+        self._exact = results(case.oracle, {name: _doubled(value) for name, value in inputs.items()})
+        self._bars = self._baseline()
+        gc.collect()
+
+    def _baseline(self) -> dict[str, float]:
+        """2·(error of plain torch) + absolute term, per result."""
+        eager = self._case.providers["eager"].load(self.shape)
+        found = results(eager, self._case.make_inputs(self.shape, True))
+        return {name: 2 * self._error(name, x) + self._absolute(name, x.dtype) for name, x in found.items()}
+
+    def _error(self, name: str, x: Tensor) -> float:
+        exact = self._exact[name]
+        # A provider may have been given more positions than count: they come last in each dimension.
+        x = x[tuple(slice(0, size) for size in exact.shape)]
+        return (x.double() - exact).abs().max().item()
+
+    def _absolute(self, name: str, dtype: torch.dtype) -> float:
+        size = 1.0 if name == "loss" else self._exact[name].abs().max().item()
+        return (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps * size
+
+    def check(self, provider: Provider, run: Run) -> dict[str, Error]:
+        """The errors of a provider, by result."""
+        inputs = provider.prepare(self._case.make_inputs(self.shape, True))
+        found = results(run, inputs)
+        errors = {name: Error(self._error(name, found[name]), bar) for name, bar in self._bars.items()}
+        del inputs, found
+        gc.collect()
+        return errors
+
+
+def _row_limit(case: Case) -> int:
+    """How many rows the oracle's memory allows."""
+    if not case.shape.vocab or case.suite == "token":
+        return ROWS_WITHOUT_VOCABULARY
+    budget = CPU_BUDGET
+    if case.shape.device != "cpu":
+        budget = torch.cuda.get_device_properties(0).total_memory // 16
+    return budget // (8 * case.shape.vocab)
+
+
+def _doubled(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)

@@ -1,0 +1,122 @@
+"""Peak memory of one step beyond its inputs: the allocator's count on a GPU, resident memory of a fresh process else.
+
+`ru_maxrss` would not do: a child starts with the high-water mark of the process that spawned it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import Case, Provider, Run, step
+from bench.timing import timed
+
+ROOT = Path(__file__).parents[1]
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_SAMPLE_SECONDS = 0.002
+
+
+class Peak:
+    """MiB above the start; None until the block has ended, or where the system does not say."""
+
+    mib: float | None = None
+
+
+def gpu_peak(case: Case, provider: Provider, run: Run) -> float:
+    """MiB that the allocator handed out during one warm step, at the most at once, beyond the inputs."""
+    inputs = provider.prepare(case.make_inputs(case.shape, False))
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = step(run, inputs)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    del outputs
+    return peak
+
+
+def in_fresh_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
+    """first_ms, first_peak_mib and peak_mib of a provider that has the process to itself."""
+    command = [sys.executable, "-m", "bench", "--worker", case.name, provider, "--device", "cpu"]
+    command += ["--quick"] * quick
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"in a fresh process: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def worker(case: Case, name: str) -> dict[str, Any]:
+    """The first step of this process, timed with everything that only a first call does, and the peak of a second."""
+    provider = case.providers[name]
+    run = provider.load(case.shape)
+    peaks, times = [], []
+    for _ in range(2):
+        inputs = provider.prepare(case.make_inputs(case.shape, False))
+        with resident_peak() as peak:
+            times.append(timed(lambda inputs=inputs: step(run, inputs), "cpu"))
+        peaks.append(peak.mib)
+        del inputs
+    return {"first_ms": times[0], "first_peak_mib": peaks[0], "peak_mib": peaks[1]}
+
+
+@contextlib.contextmanager
+def resident_peak() -> Iterator[Peak]:
+    """Measure the peak increase of resident memory inside the block."""
+    peak = Peak()
+    gc.collect()
+    _return_free_memory()
+    if not _STATUS.exists():
+        yield peak
+        return
+    before = _resident("VmRSS")
+    if _reset_high_water_mark():
+        yield peak
+        peak.mib = _resident("VmHWM") - before
+        return
+    samples, stop = [before], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(_SAMPLE_SECONDS):
+            samples.append(_resident("VmRSS"))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+    peak.mib = max(samples) - before
+
+
+def _resident(field: str) -> float:
+    """MiB of a field of /proc/self/status."""
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    return int(found.group(1)) / 2**10 if found else 0.0
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _return_free_memory() -> None:
+    """Give freed heap back to the system (glibc), so that reusing it counts again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

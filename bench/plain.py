@@ -1,0 +1,72 @@
+"""The obvious plain-torch way to everything: the "eager" provider, the tail of others, and what torch.compile gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.case import Inputs, Run, Shape, Unavailable
+
+EPSILON, KL_COEF, GROUP = 0.2, 0.04, 16
+
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """(..., V), (...) -> log softmax(logits)[id], in the dtype of the logits."""
+    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _token_losses(logps: Tensor, batch: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) losses −min(r·A, clip(r)·A) + β·k3, ratios r and k3, in fp32 as every trainer computes them."""
+    logps = logps.float()
+    advantages = batch["advantages"].unsqueeze(-1)
+    ratio = (logps - batch["old"]).exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+    x = batch["ref"] - logps
+    k3 = x.exp() - x - 1
+    return KL_COEF * k3 - surrogate, ratio, k3
+
+
+def grpo(logps: Tensor, batch: Inputs) -> Tensor:
+    """GRPO with KL: mean over sequences of the mean over their tokens."""
+    mask = batch["mask"].float()
+    losses, _, _ = _token_losses(logps, batch)
+    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def grpo_with_metrics(batch: Inputs) -> tuple[Tensor, Tensor]:
+    """The loss from log-probs, and the metrics that `fastrl.policy_loss` reports: means, extremes and counts."""
+    mask, advantages = batch["mask"].float(), batch["advantages"].unsqueeze(-1)
+    losses, ratio, k3 = _token_losses(batch["logps"], batch)
+    loss = ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    with torch.no_grad():
+        tokens = mask.sum()
+        delta = batch["logps"] - batch["old"]
+        low = ((ratio < 1 - EPSILON) & (advantages < 0)) * mask
+        high = ((ratio > 1 + EPSILON) & (advantages > 0)) * mask
+        sums = [low, high, low + high, ratio * mask, -delta * mask, (ratio - delta - 1) * mask, k3 * mask]
+        means = [value.sum() / tokens for value in sums]
+        valid = batch["mask"]
+        extremes = [torch.where(valid, ratio, torch.inf).amin(), torch.where(valid, ratio, -torch.inf).amax()]
+        weight = (ratio * mask).sum()
+        effective = weight**2 / (ratio * ratio * mask).sum()
+        return loss, torch.stack([*means, *extremes, effective, tokens, (mask.sum(-1) > 0).sum().float()])
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(..., V) -> −Σ p·log p in nats, in the dtype of the logits."""
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(S,) -> (r − mean) / (std + 1e-4) over consecutive groups of `GROUP`, unbiased std."""
+    grouped = rewards.view(-1, GROUP)
+    return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-4)).view(-1)
+
+
+def compiled(run: Run, shape: Shape) -> Run:
+    """torch.compile of an eager run with default options, compiled anew so that no case inherits another's shapes."""
+    if shape.device == "cuda" and torch.cuda.get_device_capability()[0] < 7 and not torch.version.hip:
+        raise Unavailable("Inductor needs a GPU of compute capability 7.0 or more")
+    torch.compiler.reset()
+    return torch.compile(run)
