@@ -233,8 +233,8 @@ class HiddenLoss(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         ready = _take(ctx)
         if ready is None:
-            detached = [None if x is None else x.detach() for x in inputs]
-            ready = _hidden_loss(*detached, ctx.params, needs)[3:]
+            hidden, weight, bias = (None if x is None else x.detach() for x in inputs)
+            ready = _hidden_loss(hidden, weight, bias, ctx.params, needs)[3:]
         *gradients, scale = ready
         factor = gradient / scale if scale.numel() else gradient
         parts = zip(gradients, inputs, needs, strict=True)

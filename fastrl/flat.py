@@ -6,7 +6,7 @@ methods here and in `kernels/fastrl_kernels/policy.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ class Flat(NamedTuple):
     first_sequence: int  # place of sequence 0 within `rewards`
     per_token_advantages: int  # 1 when `advantages` is (N,), 0 when it is (S,)
 
-    TENSORS = 12  # how many fields are tensors; the rest are ints (see `split_fields`)
-
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
@@ -43,8 +41,10 @@ class Flat(NamedTuple):
         return self.lengths.shape[0]
 
     def split_fields(self) -> tuple[list[Tensor | None], list[int]]:
-        """Tensors and ints apart, the two lists that a custom operator can carry."""
-        return list(self[: self.TENSORS]), list(self[self.TENSORS :])
+        """Tensors and ints apart, the two lists that an operator can carry; in this order they make a `Flat` again."""
+        tensors: list[Any] = [field for field in self if not isinstance(field, int)]
+        sizes: list[Any] = [field for field in self if isinstance(field, int)]
+        return tensors, sizes
 
     def valid(self) -> Tensor:
         """(N,) bool: the tokens that count."""

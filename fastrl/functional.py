@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,7 +258,7 @@ def _flat(rollouts: Rollouts, dtype: torch.dtype) -> Flat:
     flat = rollouts.flat
     if dtype == torch.float64:
         return flat
-    narrow = {
+    narrow: dict[str, Any] = {
         name: value.float()
         for name, value in zip(Flat._fields, flat, strict=True)
         if isinstance(value, Tensor) and value.dtype == torch.float64

@@ -74,7 +74,7 @@ class LMHead:
             remedy = "merge the adapter or leave the head out of target_modules"
             _checks.refuse("model", "a plain output layer", f"an adapter on it ({type(layer).__name__})", remedy)
         config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-        _refuse_unknown_transforms(type(base))
+        _refuse_unknown_transforms(base.__class__)
         bias = getattr(layer, "bias", None)
         return cls(layer.weight, bias, logit_scale=_scale(config), softcap=getattr(config, _SOFTCAP, None))
 
@@ -128,7 +128,7 @@ _WATCHED = re.compile(r"(?:lm_)?logits\b|hidden_states\b|last_hidden_state\b")
 
 
 @functools.cache
-def _refuse_unknown_transforms(model_class: type) -> None:
+def _refuse_unknown_transforms(model_class: Any) -> None:
     """Read the class's forward and refuse a statement on its logits or hidden states that is not known."""
     name = model_class.__name__
     try:

@@ -52,8 +52,8 @@ OBJECTIVES: dict[Objective, Callable[[Tensor, Tensor, LossSpec], Tensor]] = {
 
 def objective(log_ratio: Tensor, advantages: Tensor, spec: LossSpec) -> Tensor:
     """Loss per token of the spec's objective, (N,) -> (N,); `log_ratio` is already clamped."""
-    if not spec.is_custom:
-        return OBJECTIVES[spec.objective](log_ratio, advantages, spec)
+    if not callable(spec.objective):
+        return OBJECTIVES[Objective(spec.objective)](log_ratio, advantages, spec)
     loss = spec.objective(log_ratio, advantages)
     if not isinstance(loss, Tensor) or loss.shape != log_ratio.shape:
         came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -99,4 +99,4 @@ def kl_penalty(x: Tensor, spec: LossSpec) -> Tensor:
     """
     if spec.kl_estimator == KLEstimator.K3:
         x = clamp_log_ratio(x, spec)
-    return KL_ESTIMATORS[spec.kl_estimator](x)
+    return KL_ESTIMATORS[KLEstimator(spec.kl_estimator)](x)

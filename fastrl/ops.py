@@ -65,12 +65,12 @@ def _scoring(tensors: Tensors, numbers: Sequence[float]) -> Scoring:
     return Scoring(ids, mask, None, temperature, factor, softcap or None, inner)
 
 
+def _flat(tensors: Tensors, sizes: Sequence[int]) -> Flat:
+    return Flat._make([*tensors, *sizes])
+
+
 def _some(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
-
-
-def _or_none(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None
 
 
 @_operator("score_logits")
@@ -119,7 +119,7 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Step B: loss, statistics, dloss/dlogp, dloss/dentropy."""
     run = backends.load(backend).token_loss
-    loss, statistics, dlogp, dentropy = run(logps, entropy, Flat(*flat, *sizes), normalizer, spec_of(spec), grad=grad)
+    loss, statistics, dlogp, dentropy = run(logps, entropy, _flat(flat, sizes), normalizer, spec_of(spec), grad=grad)
     return loss, statistics, _some(dlogp, loss), _some(dentropy, loss)
 
 
@@ -135,7 +135,7 @@ def _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, dlogit
     result = levels.logits_loss(
         logits,
         _scoring(scoring, numbers),
-        Flat(*flat, *sizes),
+        _flat(flat, sizes),
         normalizer,
         spec_of(spec),
         dlogits,
@@ -236,7 +236,7 @@ def score_hidden_grad(
             scores,
             dlogp,
             dentropy,
-            tuple(needs),
+            (needs[0], needs[1], needs[2]),
             buffer_bytes,
             backends.load(backend),
         )
@@ -281,16 +281,16 @@ def hidden_loss(
             weight,
             bias,
             _scoring(scoring, numbers),
-            Flat(*flat, *sizes),
+            _flat(flat, sizes),
             normalizer,
             spec_of(spec),
-            tuple(needs),
+            (needs[0], needs[1], needs[2]),
             list(row_counts),
             buffer_bytes,
             backends.load(backend),
         )
-    gradients = (_some(gradient, result.loss) for gradient in result.gradients)
-    return result.loss, result.statistics, result.scores, *gradients, _some(result.scale, result.loss)
+    dhidden, dweight, dbias, scale = (_some(x, result.loss) for x in (*result.gradients, result.scale))
+    return result.loss, result.statistics, result.scores, dhidden, dweight, dbias, scale
 
 
 @_fake("hidden_loss")

@@ -6,7 +6,7 @@ kernels. float64 stays float64, everything else is computed in float32. No trito
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class TokenInputs(NamedTuple):
 
     def take(self, rows: Tensor) -> TokenInputs:
         """The inputs of some rows; for a sequence-level ratio they must be whole sequences."""
-        per_token = [None if field is None else field[rows] for field in self[:-1]]
-        return TokenInputs(*per_token, self.lengths)
+        per_token: list[Any] = [None if field is None else field[rows] for field in self[:-1]]
+        return TokenInputs._make([*per_token, self.lengths])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

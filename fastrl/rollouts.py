@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,9 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return dataclasses.replace(self, **moved)
 
     def split(self, n: int) -> list[Rollouts]:
@@ -113,7 +115,7 @@ class Rollouts:
 
     def _part(self, first: int, last: int, start: int, stop: int) -> Rollouts:
         """Sequences first:last, which are rows start:stop of dim 0."""
-        changes = {name: getattr(self, name) for name in ("token_ids", "mask", *_PER_TOKEN)}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in ("token_ids", "mask", *_PER_TOKEN)}
         changes = {name: value[start:stop] for name, value in changes.items() if value is not None}
         if self.advantages is not None:
             packed_tokens = self.cu_seqlens is not None and self._has_token_advantages()
@@ -136,7 +138,7 @@ class Rollouts:
         if self.cu_seqlens is not None:
             _checks.refuse("rollouts", "a padded batch", "a packed one", "it is packed already")
         rows = self.flat.valid().nonzero().squeeze(-1)
-        picked = {
+        picked: dict[str, Any] = {
             name: value.reshape(-1)[rows]
             for name in ("token_ids", "mask", *_PER_TOKEN)
             if (value := getattr(self, name)) is not None
@@ -184,9 +186,9 @@ class Rollouts:
             if name != "mask":
                 _checks.floating(name, value)
                 _checks.no_grad_needed(name, value)
-        if self.mask is not None and self.mask.dtype != torch.bool and self._free_to_read():
-            if not bool(((self.mask == 0) | (self.mask == 1)).all()):
-                _checks.refuse("mask", "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
+        readable = self.mask is not None and self.mask.dtype != torch.bool and self._free_to_read()
+        if readable and not bool(((self.mask == 0) | (self.mask == 1)).all()):
+            _checks.refuse("mask", "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
         if self.row_counts is not None:
             counts = self.row_counts
             if len(counts) != 2 or not 0 <= counts[1] <= counts[0] <= self.token_ids.numel():

@@ -36,13 +36,14 @@ class Scoring(NamedTuple):
     def of(
         cls, ids: Tensor, mask: Tensor | None, temperature: Tensor | float, scale: float = 1.0, softcap: float = 0.0
     ) -> Scoring:
-        per_token = isinstance(temperature, Tensor)
-        factor = (1.0 if softcap else scale) / (1.0 if per_token else temperature)
+        per_token = temperature if isinstance(temperature, Tensor) else None
+        divisor = 1.0 if isinstance(temperature, Tensor) else temperature
+        factor = (1.0 if softcap else scale) / divisor
         return cls(
             ids=ids,
             mask=mask,
             rows=None,
-            temperature=temperature if per_token else None,
+            temperature=per_token,
             factor=float(factor),
             softcap=softcap or None,
             inner=scale / softcap if softcap else 0.0,

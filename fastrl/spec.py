@@ -142,7 +142,7 @@ class LossSpec:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LossSpec:
-        """The preset called `name` (any case, "-" or "_"), with fields replaced: `LossSpec.preset("dapo", kl_coef=0.01)`."""
+        """The preset called `name`, in any case, with fields replaced: `LossSpec.preset("dapo", kl_coef=0.01)`."""
         from fastrl import presets
 
         return presets.preset(name, **overrides)

@@ -42,9 +42,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(function):
         def wrapped(*args, **kwargs):
             out = function(*args, **kwargs)
-            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.device.type != "meta":
-                if type(out) is torch.Tensor and not torch.compiler.is_compiling():
-                    out.fill_(float("nan"))
+            plain = type(out) is torch.Tensor and out.device.type != "meta" and not torch.compiler.is_compiling()
+            if plain and out.is_floating_point():
+                out.fill_(float("nan"))
             return out
 
         return wrapped

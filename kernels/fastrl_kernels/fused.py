@@ -27,8 +27,8 @@ from .tune import on_device, row_config
 
 @triton.jit(do_not_specialize=["T", "out_T"])
 def _fused_kernel(
-    logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, advantages_ptr, weights_ptr, old_ptr, ref_ptr,
-    logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
+    logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
+    advantages_ptr, weights_ptr, old_ptr, ref_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
 
     stride_b, stride_t, out_stride_b, out_stride_t,
 
@@ -116,6 +116,6 @@ def fused_loss_grad(
         _fused_kernel[(num_rows(logits),)](
             logits, dlogits, ids, as_bytes(mask), rows, temperature, advantages, weights, old, ref,
             logp, entropy, row_max, log_sum, dlogp, dentropy,
-            stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, math.log(V), **transform, **numbers, **structure,
-            BLOCK_V=config.block_v, num_warps=config.num_warps,
+            stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, math.log(V),
+            **transform, **numbers, **structure, BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
