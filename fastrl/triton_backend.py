@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastrl import metrics, torch_backend
-from fastrl.advantages import sequence_advantages
 from fastrl.flat import Flat
 from fastrl.reduction import denominator, weighting
 from fastrl.reference import TokenInputs
@@ -84,7 +83,15 @@ def _launch_policy(
     how = weighting(spec)
     advantages, rewards, per_token = flat.advantages, flat.rewards, bool(flat.per_token_advantages)
     if rewards is not None and (flat.group_ids is not None or spec.advantage_scale == AdvantageScale.BATCH):
-        advantages, rewards = sequence_advantages(flat, spec).float(), None
+        every = kernels.group_advantages(
+            rewards,
+            flat.group_ids,
+            flat.group_size,
+            eps=spec.advantage_eps,
+            baseline=str(spec.advantage_baseline),
+            scale=str(spec.advantage_scale),
+        )
+        advantages, rewards = every[flat.first_sequence : flat.first_sequence + flat.num_sequences], None
     numbers = _numbers(spec) | {"weight_scale": how.scale, "advantage_eps": spec.advantage_eps}
     structure = _structure(spec) | {
         "SEQUENCE_LEVEL": spec.ratio_level == RatioLevel.SEQUENCE,

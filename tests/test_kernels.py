@@ -291,3 +291,24 @@ def test_more_programs_than_one_reduction_step(backend, level):
     truth = fastrl.Metrics(statistics, rollouts.flat.counts, tuple(out.metrics))
     for metric in truth:
         torch.testing.assert_close(out.metrics[metric].cpu(), truth[metric], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
+@pytest.mark.parametrize("grouping", ["size", "ids"])
+def test_group_advantage_kernel(grouping, baseline, scale):
+    """One launch for ragged groups in any order; the fp64 definition is `advantages.normalise`."""
+    import fastrl_kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rewards = torch.randn(140)
+    rewards[:4] = 0.1  # a group of equals
+    ids = torch.randint(-3, 30, (140,)) if grouping == "ids" else None
+    if ids is not None:
+        ids[:4], ids[5] = 1000, 2000  # the equals, and a group of one
+    given = {"group_ids": ids} if grouping == "ids" else {"group_size": 4}
+    want = fastrl.group_advantages(rewards.double(), baseline=baseline, scale=scale, **given)
+    on_device = None if ids is None else ids.to(device)
+    got = fastrl_kernels.group_advantages(rewards.to(device), on_device, 4, eps=1e-4, baseline=baseline, scale=scale)
+    close(got, want, ulps=64)
+    assert torch.equal(got.cpu() == 0, want == 0)

@@ -6,7 +6,15 @@ launch rows on grid x with 64-bit offsets.
 
 from .fused import fused_loss_grad
 from .logprob import logprob_bwd, logprob_fwd
-from .policy import STATISTICS, policy_loss_fwd
+from .policy import STATISTICS, group_advantages, policy_loss_fwd
 from .scale import scale_
 
-__all__ = ["STATISTICS", "fused_loss_grad", "logprob_bwd", "logprob_fwd", "policy_loss_fwd", "scale_"]
+__all__ = [
+    "STATISTICS",
+    "fused_loss_grad",
+    "group_advantages",
+    "logprob_bwd",
+    "logprob_fwd",
+    "policy_loss_fwd",
+    "scale_",
+]

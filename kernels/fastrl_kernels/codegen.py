@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel")
+_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R")
 _BYTES = ("mask_ptr",)
 _ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
 
@@ -68,6 +68,11 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
     absent = (*lean, "low", "high", "bound", "old_ptr")
     yield _row_build("fused-unbounded", fused._fused_kernel, vocab_size, names, absent)
     yield from _policy_builds()
+    for given, scaling in itertools.product((True, False), ("group", "batch", "none")):
+        constexprs = {"BASELINE": "mean", "SCALE": scaling, **policy._GROUP_BLOCKS}
+        name = f"group-advantage-{'ids' if given else 'size'}-{scaling}"
+        absent = () if given else ("ids_ptr",)
+        yield Build(name, policy._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
 
 
