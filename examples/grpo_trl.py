@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
+import fastrl
 from fastrl.adapters.trl import GRPOTrainer
 
 matplotlib.use("Agg")
@@ -132,6 +134,16 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def record(runs: dict[str, list[dict[str, float]]], seed: int) -> dict[str, Any]:
+    """The plotted curves, with the versions and the machine that they came from."""
+    curves = {
+        name: {key: [entry[key] for entry in log if key in entry] for key in ("step", *CURVES)}
+        for name, log in runs.items()
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"device": device, "seed": seed, "versions": fastrl.info()["versions"], "curves": curves}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: %(default)s)")
@@ -150,7 +162,7 @@ def main() -> int:
         rose = rose and after > before + 0.3
         print(f"{name} loss: reward {before:.3f} before, {after:.3f} after {options.steps} steps")
     plot(runs, options.out / "grpo_trl.png")
-    (options.out / "grpo_trl.json").write_text(json.dumps(runs, indent=1))
+    (options.out / "grpo_trl.json").write_text(json.dumps(record(runs, options.seed), indent=1))
     print(f"curves: {options.out / 'grpo_trl.png'} and {options.out / 'grpo_trl.json'}")
     if not rose:
         print("the reward did not rise by 0.3", file=sys.stderr)

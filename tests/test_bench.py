@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rich")
+pytest.importorskip("rich", reason="needs rich")
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = {"date", "command", "git", "machine", "versions", "device", "quick", "ceilings", "rows"}
@@ -23,9 +23,10 @@ ROW = {
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["OMP_NUM_THREADS"] = "1"  # beside other test workers, threads that wait for each other take minutes
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def quick(out: Path, *arguments: str) -> dict:
@@ -36,7 +37,8 @@ def quick(out: Path, *arguments: str) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("suite", "case"), [("token", "policy"), ("hidden", "trainable")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "case"), [("hidden", "trainable")])
 def test_quick_run_writes_the_promised_json(tmp_path: Path, suite: str, case: str) -> None:
     document = quick(tmp_path, "--suite", suite, "--case", case)
     assert set(document) == DOCUMENT
@@ -56,6 +58,7 @@ def test_quick_run_writes_the_promised_json(tmp_path: Path, suite: str, case: st
     assert str(tmp_path) not in json.dumps(document)
 
 
+@pytest.mark.slow
 def test_a_wrong_provider_gets_no_speed(tmp_path: Path) -> None:
     document = quick(tmp_path, "--suite", "logits", "--case", "grpo", "--inject-wrong")
     rows = {row["provider"]: row for row in document["rows"]}
