@@ -5,15 +5,25 @@ Everything is built here; nothing is downloaded.
 
 from __future__ import annotations
 
+import logging
 import random
+import warnings
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 LARGEST = 4
 VOCABULARY = ["<pad>", "<eos>", *map(str, range(10)), "+", "="]
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the progress bar: no notices of transformers and TRL on their own deprecations."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from arithmetic import build_model, build_tokenizer, prompts, reward, shuffled_prompts
+from arithmetic import build_model, build_tokenizer, prompts, quiet_libraries, reward, shuffled_prompts
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -99,6 +98,7 @@ def train(name: str, steps: int, seed: int, quiet: bool) -> tuple[list[dict[str,
             report_to="none",
             seed=seed,
             bf16=False,
+            dataloader_pin_memory=False,
             gradient_checkpointing=False,
         )
         trainer = TRAINERS[name](
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the plot and JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     options.out.mkdir(parents=True, exist_ok=True)
 
     chosen = list(TRAINERS) if options.loss == "both" else [options.loss]

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from arithmetic import build_model, build_tokenizer, prompts, reward
+from arithmetic import build_model, build_tokenizer, prompts, quiet_libraries, reward
 from rich.progress import track
 
 import fastrl
@@ -39,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args().steps
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = build_model(Path(folder)), build_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -4,7 +4,6 @@ they were sampled with, and rewards; with an objective of one's own. Exits with 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import random
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic import build_model, build_tokenizer, prompts, reward
+from arithmetic import build_model, build_tokenizer, prompts, quiet_libraries, reward
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -99,7 +98,7 @@ def main() -> int:
     parser.add_argument("--rollouts", type=int, default=8000)
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = build_model(Path(folder)), build_tokenizer()
         args = TrainingArguments(

@@ -27,15 +27,17 @@ def _transform(scoring: Scoring) -> dict[str, float | None]:
 
 def _numbers(spec: LossSpec) -> dict[str, float | None]:
     """The spec's numbers as runtime scalars; a None removes its branch from the kernel."""
-    return {
+    values = {
         "low": None if spec.epsilon_low is None else 1 - spec.epsilon_low,
         "high": None if spec.epsilon_high is None else 1 + spec.epsilon_high,
         "delta": spec.delta,
         "dual_clip": spec.dual_clip,
         "bound": spec.log_ratio_clamp,
-        "kl_coef": float(spec.kl_coef) or None,
-        "entropy_coef": float(spec.entropy_coef) or None,
+        "kl_coef": spec.kl_coef or None,
+        "entropy_coef": spec.entropy_coef or None,
     }
+    # As floats: an int would compile another kernel.
+    return {name: None if value is None else float(value) for name, value in values.items()}
 
 
 def _structure(spec: LossSpec) -> dict[str, Any]:

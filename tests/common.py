@@ -15,6 +15,8 @@ from fastrl.spec import LossSpec
 
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # without one, Triton runs in its interpreter
 
+ON_CPU = ("torch",) if torch.cuda.is_available() else ("torch", "triton")  # engines that take CPU tensors here
+
 BACKENDS = [
     pytest.param(("torch", "cpu"), id="torch"),
     pytest.param(("triton", ACCELERATOR), id="triton"),

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from common import OPTIONS, PRESETS, clean_logits, close, make_batch
+from common import ON_CPU, OPTIONS, PRESETS, clean_logits, close, make_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +80,7 @@ class TestRollouts:
         padded = fastrl.Rollouts(torch.zeros(2, 2, dtype=torch.long), mask, advantages)
         packed, _ = padded.pack()
         a = fastrl.policy_loss(-torch.ones(2, 2), padded, fastrl.PPO).loss
-        for backend in ("torch", "triton"):
+        for backend in ON_CPU:
             assert fastrl.policy_loss(-torch.ones(2), packed, fastrl.PPO, backend=backend).loss == a == -3
 
     def test_ragged_groups_by_ids(self):
@@ -93,7 +93,7 @@ class TestRollouts:
         assert got[4] == 0
         tokens = torch.zeros(5, 2, dtype=torch.long)
         logps = -torch.rand(5, 2)
-        for backend in ("torch", "triton"):
+        for backend in ON_CPU:
             inside = fastrl.policy_loss(logps, fastrl.Rollouts(tokens, rewards=rewards, group_ids=ids), backend=backend)
             outside = fastrl.policy_loss(logps, fastrl.Rollouts(tokens, advantages=got), backend=backend)
             close(inside.loss, outside.loss, ulps=16)
@@ -164,7 +164,7 @@ class TestMetrics:
         mask = torch.tensor([[1, 1, 1, 1, 0]])
         old = torch.full((1, 5), -2.0)
         rollouts = fastrl.Rollouts(torch.zeros(1, 5, dtype=torch.long), mask, advantages, old_logps=old)
-        for backend in ("torch", "triton"):
+        for backend in ON_CPU:
             out = fastrl.policy_loss(old + ratios.log(), rollouts, fastrl.PPO.replace(dual_clip=2.0), backend=backend)
             values = out.metrics.to_floats()
             want = {
