@@ -103,6 +103,10 @@ class _Rows(NamedTuple):
                 if is_live == wanted and length:
                     ends.append(ends[-1] + int(length))
         grad_count = int(sum(length for length, is_live in zip(lengths, alive, strict=True) if is_live))
+        if row_counts and row_counts[0] != ends[-1]:
+            raise ValueError(
+                f"row_counts: expected ({ends[-1]}, ...), the tokens that count, got {tuple(row_counts)}; leave it None"
+            )
         return cls(order[: ends[-1]], ends[-1], grad_count, ends)
 
     def chunks(self, start: int, stop: int, limit: int) -> Iterator[Tensor]:
@@ -279,8 +283,8 @@ def hidden_loss(
     loss, statistics, _, _ = backend.token_loss(scores.logp, scores.entropy, flat, normalizer, spec, grad=False)
     if row_counts and rows.found is not None:
         # A row that the caller's counts leave out must not pass unseen, and looking would cost a synchronisation.
-        given = torch.tensor(row_counts, device=loss.device)
-        loss = torch.where((rows.found == given).all(), loss, torch.nan)
+        right = (rows.found[0] == row_counts[0]) & (rows.found[1] == row_counts[1])
+        loss = torch.where(right, loss, torch.nan)
     return HiddenLoss(loss, statistics, stack, project.gradients(), scale)
 
 

@@ -47,7 +47,8 @@ class Rollouts:
         rollout_logps: as token_ids, what the sampler reported; NaN = not scored. Feeds `rollout_weight_mean`.
         cu_seqlens: (S + 1,) ints, 0 first and N last: the packed layout.
         row_counts: optional host ints (tokens that count, of them those that can carry a gradient); with them the
-            hidden level never waits for the device. Wrong counts turn the loss into NaN.
+            hidden level never waits for the device (a sequence-level ratio still reads its lengths, once). Wrong counts
+            turn the loss into NaN.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected, what came, and what to do.
