@@ -47,6 +47,7 @@ OPTIONS: dict[str, LossSpec] = {
     "unbounded": fastrl.PPO.replace(epsilon_low=None, epsilon_high=None),
     "dual-clip": fastrl.PPO.replace(dual_clip=1.5),
     "delta": fastrl.GRPO.replace(delta=1.6),
+    "delta-no-upper-bound": fastrl.PPO.replace(delta=1.4, epsilon_high=None),
     "delta-dual": fastrl.GRPO.replace(delta=1.8, dual_clip=1.4),
     "k1": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="k1"),
     "abs": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="abs"),

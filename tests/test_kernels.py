@@ -210,6 +210,8 @@ def twins():
             "unbounded": {"epsilon_low": None, "epsilon_high": None},
             "dual": {"dual_clip": 1.5},
             "delta": {"delta": 1.7},
+            # the clipped term has a gradient of its own where it has no bound on that side (found by test_fuzz)
+            "delta-no-upper-bound": {"delta": 1.7, "epsilon_high": None},
             "unclamped": {"log_ratio_clamp": None},
         }
         for name, fields in variants.items():

@@ -22,22 +22,26 @@ def hold(x, bound):
 
 @triton.jit
 def ppo_clip(ratio, advantage, low, high, delta, dual_clip):
-    """ℓ = −min( min(r, δ)·A, clip(r, low, high)·A ), dual clip for A < 0; d/dlog r = −r·A where the first is chosen.
+    """ℓ = −min( min(r, δ)·A, clip(r, low, high)·A ), dual clip for A < 0; d/dlog r = −r·A where the
+    chosen term is not held at a bound, else 0.
 
     Returns (loss, derivative, whether the dual clip replaced the loss).
     """
-    clipped = ratio
+    slope = -ratio * advantage
+    clipped, clipped_slope = ratio, slope
     if low is not None:
-        clipped = tl.where(clipped < low, low, clipped)
+        clipped = tl.where(ratio < low, low, clipped)
+        clipped_slope = tl.where(ratio < low, 0.0, clipped_slope)
     if high is not None:
-        clipped = tl.where(clipped > high, high, clipped)
-    free, derivative = ratio, -ratio * advantage
+        clipped = tl.where(ratio > high, high, clipped)
+        clipped_slope = tl.where(ratio > high, 0.0, clipped_slope)
+    free, free_slope = ratio, slope
     if delta is not None:
         free = tl.where(ratio > delta, delta, ratio)
-        derivative = tl.where(ratio > delta, 0.0, derivative)
+        free_slope = tl.where(ratio > delta, 0.0, slope)
     first, second = -free * advantage, -clipped * advantage
     loss = tl.where(first < second, second, first)
-    derivative = tl.where(first < second, 0.0, derivative)
+    derivative = tl.where(first < second, clipped_slope, free_slope)
     dual = advantage != advantage
     if dual_clip is not None:
         bound = -dual_clip * advantage
