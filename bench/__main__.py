@@ -98,7 +98,7 @@ def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the ceilings", total=len(cases))
-        ceilings = _ceilings(cases, options.device)
+        ceilings = _ceilings(cases, options.device, tries=1 if options.quick else 10)
         console.print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
         document = _document(options, ceilings)
         for case in cases:
@@ -117,11 +117,13 @@ def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     return 0
 
 
-def _ceilings(cases: list[Case], device: str) -> dict[str, float]:
+def _ceilings(cases: list[Case], device: str, tries: int) -> dict[str, float]:
     """copy_gbs: GB/s read plus written; gemm_DTYPE_tflops: TFLOP/s for each dtype of a case with products."""
     dtypes = sorted({case.shape.dtype for case in cases if case.least_flops})
-    rates = {f"gemm_{dtype}_tflops": undisturbed(lambda dtype=dtype: gemm_rate(dtype, device)) for dtype in dtypes}
-    return {"copy_gbs": undisturbed(lambda: copy_bandwidth(device))} | rates
+    rates = {
+        f"gemm_{dtype}_tflops": undisturbed(lambda dtype=dtype: gemm_rate(dtype, device), tries) for dtype in dtypes
+    }
+    return {"copy_gbs": undisturbed(lambda: copy_bandwidth(device), tries)} | rates
 
 
 def _document(options: argparse.Namespace, ceilings: dict[str, float]) -> dict[str, Any]:

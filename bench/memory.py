@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from bench.case import Case, Provider, Run, step
+from bench.quiet import Neighbours, wait_for_quiet
 from bench.timing import timed
 
 ROOT = Path(__file__).parents[1]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAMPLE_SECONDS = 0.002
+_ATTEMPTS, _PATIENCE = 3, 20.0
 
 
 class Peak:
@@ -47,8 +49,43 @@ def gpu_peak(case: Case, provider: Provider, run: Run) -> float:
     return peak
 
 
+def touch(case: Case) -> None:
+    """Write to as much memory as the largest provider will ask for, and free it.
+
+    A virtual machine gets memory from its host at the first touch, at ten times the price of later ones; whoever comes
+    first or allocates most would pay it. Nothing to do on a GPU, whose allocator keeps its memory.
+    """
+    if case.shape.device == "cpu":
+        wanted = 5 * case.shape.rows * max(case.shape.vocab, 64) * case.shape.itemsize
+        torch.empty(min(wanted, _available() // 3), dtype=torch.uint8).fill_(1)
+
+
+def _available() -> int:
+    """Bytes that can be allocated without swapping."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
+    return int(found.group(1)) * 1024 if found else 2**30
+
+
 def in_fresh_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
-    """first_ms, first_peak_mib and peak_mib of a provider that has the process to itself."""
+    """first_ms, first_peak_mib and peak_mib of a provider that has the process to itself.
+
+    If other processes disturbed the first call, another process tries; after `_ATTEMPTS` first_ms is None. A quick run
+    only shows that everything works: it takes what comes.
+    """
+    if quick:
+        found = _in_process(case, provider, quick)
+        del found["disturbed"]
+        return found
+    for _ in range(_ATTEMPTS):
+        wait_for_quiet(_PATIENCE)
+        found = _in_process(case, provider, quick)
+        if not found.pop("disturbed"):
+            return found
+    return found | {"first_ms": None}
+
+
+def _in_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench", "--worker", case.name, provider, "--device", "cpu"]
     command += ["--quick"] * quick
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -62,14 +99,17 @@ def worker(case: Case, name: str) -> dict[str, Any]:
     """The first step of this process, timed with everything that only a first call does, and the peak of a second."""
     provider = case.providers[name]
     run = provider.load(case.shape)
-    peaks, times = [], []
+    touch(case)
+    peaks, times, disturbed = [], [], []
     for _ in range(2):
         inputs = provider.prepare(case.make_inputs(case.shape, False))
+        neighbours = Neighbours()
         with resident_peak() as peak:
             times.append(timed(lambda inputs=inputs: step(run, inputs), "cpu"))
+        disturbed.append(neighbours.disturbed())
         peaks.append(peak.mib)
         del inputs
-    return {"first_ms": times[0], "first_peak_mib": peaks[0], "peak_mib": peaks[1]}
+    return {"first_ms": times[0], "first_peak_mib": peaks[0], "peak_mib": peaks[1], "disturbed": disturbed[0]}
 
 
 @contextlib.contextmanager

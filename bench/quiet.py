@@ -16,7 +16,7 @@ _IDLE_FIELDS = (3, 4)  # idle, iowait
 _BUSY_FIELDS = slice(0, 8)  # user ... steal; the guest fields after them are counted in user already
 SHARE = 0.1
 """Of all cores' time; above it a round is dropped."""
-_TRIES = 10
+_LOOK, _PATIENCE = 0.5, 10.0
 _RESOLUTION = 0.03
 """Seconds below which nothing is said: the kernel counts in ticks of 10 ms."""
 
@@ -36,16 +36,27 @@ class Neighbours:
         return others > max(_RESOLUTION, SHARE * available)
 
 
-def undisturbed(measure: Callable[[], float]) -> float:
-    """The best of a rate measured until others left it alone, `_TRIES` times at most: a ceiling taken on a busy machine
-    would flatter every share of it."""
-    best = 0.0
-    for _ in range(_TRIES):
+def wait_for_quiet(seconds: float) -> float:
+    """Wait until others leave the processor alone, or `seconds` at most; how long it took."""
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
         neighbours = Neighbours()
-        best = max(best, measure())
+        time.sleep(_LOOK)
         if not neighbours.disturbed():
             break
-        time.sleep(1.0)
+    return time.monotonic() - start
+
+
+def undisturbed(measure: Callable[[], float], tries: int) -> float:
+    """The best of a rate measured until others left it alone, `tries` times at most: a ceiling taken on a busy machine
+    would flatter every share of it."""
+    best = 0.0
+    for _ in range(tries):
+        neighbours = Neighbours()
+        best = max(best, measure())
+        if tries == 1 or not neighbours.disturbed():
+            break
+        wait_for_quiet(_PATIENCE)
     return best
 
 

@@ -18,7 +18,7 @@ def table(rows: list[Row]) -> Table:
     slow = [f"{row['provider']} {row['status']}: {row['reason']}" for row in rows if row["ms"] is None]
     disturbed = next((row["disturbed_rounds"] for row in rows if row["ms"]), 0)
     if disturbed:
-        slow.append(f"rounds disturbed by other processes: {disturbed}")
+        slow.append(f"rounds dropped because other processes disturbed them: {disturbed}")
     made = Table(
         title=f"{rows[0]['case']}  (B={shape['batch']}, T={shape['length']})",
         title_justify="left",
@@ -66,6 +66,10 @@ def write(path: Path, document: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def _unsteady(row: Row) -> bool:
+    return row["vs_eager"] is not None and not row["vs_eager"]["steady"]
+
+
 def plot(path: Path, rows: list[Row], title: str) -> None:
     """Bars of time and peak memory, a line of axes per case."""
     import matplotlib
@@ -81,6 +85,7 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
         shown = [row for row in rows if row["case"] == name and row["ms"]][::-1]
         providers = [row["provider"] for row in shown]
         colors = ["tab:orange" if p.startswith("fastrl") else "tab:gray" for p in providers]
+        providers = [p + " (unsteady)" * _unsteady(row) for p, row in zip(providers, shown, strict=True)]
         bars = left.barh(providers, [row["ms"]["median"] for row in shown], color=colors)
         left.bar_label(bars, fmt="%.4g", padding=2, fontsize=8)
         left.set_title(name, fontsize=9, loc="left")

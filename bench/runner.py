@@ -15,12 +15,12 @@ import torch
 from bench import memory
 from bench.case import Case, Run, Unavailable
 from bench.check import Oracle
-from bench.quiet import Neighbours
+from bench.quiet import Neighbours, wait_for_quiet
 from bench.timing import time_step
 
 SECONDS_PER_CASE = 12.0
-SECONDS_FOR_RETRIES = 60.0
-"""Rounds in place of dropped ones stop after this long, so that a busy machine does not hold a case up for ever."""
+SECONDS_FOR_RETRIES, SECONDS_OF_PATIENCE = 60.0, 120.0
+"""Per case, how long rounds in place of dropped ones may take, and how long rounds may wait for quiet."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 WARM_UP_SECONDS, WARM_UPS = 1.0, 5
 STEADY = 1.5
@@ -35,37 +35,41 @@ def run_case(case: Case, names: list[str], ceilings: dict[str, float], quick: bo
     rows = {name: _row(case, name) for name in names if name in case.providers}
     runs = _checked(case, rows, say)
     rounds = _warm_up(case, rows, runs, say)
-    times, dropped = _rounds(case, rows, runs, rounds, say)
+    times, dropped = _rounds(case, rows, runs, rounds, case.shape.device == "cpu" and not quick, say)
     for name in list(runs):
         say(f"{case.name}: memory of {name}")
         with _reason_for_failure(rows[name], runs):
             rows[name] |= _memory(case, name, runs[name], quick)
     for name in runs:
         rows[name] |= _speed(case, times[name], ceilings) | _against_eager(times, name, dropped is not None)
-        rows[name]["disturbed_rounds"] = "not dropped: too few were quiet" if dropped is None else dropped
+        rows[name]["disturbed_rounds"] = "none, too few were quiet" if dropped is None else dropped
     return list(rows.values())
 
 
 def _rounds(
-    case: Case, rows: dict[str, Row], runs: dict[str, Run], wanted: int, say: Say
+    case: Case, rows: dict[str, Row], runs: dict[str, Run], wanted: int, guarded: bool, say: Say
 ) -> tuple[dict[str, list[float]], int | None]:
-    """Milliseconds per provider, one each per round, and how many rounds were dropped because others disturbed them.
+    """Milliseconds per provider, one each per round, and how many rounds were dropped because others disturbed them
+    (none unless `guarded`: on a GPU other processes' CPU time says little, and a quick run takes what comes).
 
     If fewer than `MIN_ROUNDS` in twice as many attempts were quiet, all of them are kept and the count is None.
     """
     quiet: list[dict[str, float]] = []
     every: list[dict[str, float]] = []
-    start = time.monotonic()
+    start, patience = time.monotonic(), SECONDS_OF_PATIENCE
     while runs and len(quiet) < wanted and len(every) < 2 * wanted:
         if len(every) >= wanted and time.monotonic() - start > SECONDS_FOR_RETRIES:
             break
         say(f"{case.name}: round {len(quiet) + 1} of {wanted}")
+        if guarded and len(every) > len(quiet):  # disturbed before: look before the next
+            waited = wait_for_quiet(patience)
+            patience, start = max(patience - waited, 0.0), start + waited
         neighbours, found = Neighbours(), {}
         for name in list(runs):
             with _reason_for_failure(rows[name], runs):
                 found[name] = _time(case, name, runs)
         every.append(found)
-        if case.shape.device != "cpu" or not neighbours.disturbed():
+        if not (guarded and neighbours.disturbed()):
             quiet.append(found)
     enough = len(quiet) >= MIN_ROUNDS
     kept = quiet if enough else every
@@ -142,6 +146,7 @@ def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say) -
     """Untimed steps: they compile what is left to compile, raise clocks, and touch memory that a virtual machine may
     only now get from its host. Returns how many rounds the time allows."""
     total = 0.0
+    memory.touch(case)
     for name in list(runs):
         say(f"{case.name}: warming up {name}")
         with _reason_for_failure(rows[name], runs):
