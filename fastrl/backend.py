@@ -17,7 +17,7 @@ from fastrl import _checks
 logger = logging.getLogger("fastrl")
 
 BACKENDS = ("auto", "triton", "torch")
-_ACCELERATORS = ("cuda", "xpu")
+_ACCELERATORS = ("cuda",)  # NVIDIA and AMD; the launchers handle no other device
 
 
 class Choice(NamedTuple):

@@ -87,7 +87,7 @@ class _Rows(NamedTuple):
         if by_sequence:
             live_sequences = segment_sum(live.float(), sequence, flat.num_sequences) > 0
             live = valid & live_sequences[sequence]
-        elif flat.mask is None and not zero_means_dead:
+        elif flat.mask is None and not zero_means_dead and not row_counts:
             rows = torch.arange(flat.num_tokens, device=valid.device)
             return cls(rows, flat.num_tokens, flat.num_tokens, [])
         key = 2 - valid.int() - live.int()
@@ -285,6 +285,8 @@ def hidden_loss(
         # A row that the caller's counts leave out must not pass unseen, and looking would cost a synchronisation.
         right = (rows.found[0] == row_counts[0]) & (rows.found[1] == row_counts[1])
         loss = torch.where(right, loss, torch.nan)
+        if any(needs):
+            scale = torch.where(right, torch.ones_like(loss) if scale is None else scale, torch.nan)
     return HiddenLoss(loss, statistics, stack, project.gradients(), scale)
 
 

@@ -26,6 +26,8 @@ from fastrl.spec import spec_of
 Tensors = Sequence[Tensor | None]
 
 _library = torch.library.Library("fastrl", "DEF")
+# The hidden level reads row counts on the host, which a CUDA graph cannot hold.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
 def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
@@ -35,7 +37,7 @@ def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     """
 
     def register(function: Any) -> Any:
-        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=_TAGS)
         for device in ("CPU", "CUDA", "XPU"):  # not a composite key, which would stand in for the fake one as well
             _library.impl(name, function, device)
         operator = getattr(torch.ops.fastrl, name).default
@@ -298,5 +300,6 @@ def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, nee
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
     scores = loss.new_empty((4, hidden.shape[0]))
-    scale = loss.new_empty(() if any(needs) and hidden.dtype == torch.float16 else 0)
+    scaled = any(needs) and (hidden.dtype == torch.float16 or len(row_counts) > 0)
+    scale = loss.new_empty(() if scaled else 0)
     return loss, statistics, scores, *_fake_gradients(hidden, weight, bias, needs), scale

@@ -38,7 +38,7 @@ class Rollouts:
     Args:
         token_ids: (B, T) or (N,) ints, the sampled tokens; anything may stand under a masked position, -100 included.
         mask: same shape, bool or 0/1, the tokens that count, any pattern; None = all.
-        advantages: (B,), (B, 1) or (B, T); packed (S,) or (N,). Or instead of them:
+        advantages: (B,), (B, 1) or (B, T); packed (S,) or (N,), read as (S,) when N == S. Or instead of them:
         rewards: (B,) or (S,) floats with `group_size` (consecutive sequences share a prompt) or `group_ids` (B,) ints;
             the group-normalised advantages are then computed inside the loss.
         old_logps: as token_ids, the policy that the ratio is against; None = on-policy: the ratio is exactly 1, its
@@ -111,7 +111,10 @@ class Rollouts:
             _checks.refuse("n", f"an int from 1 to the number of sequences, {self.num_sequences}", str(n))
         size, more = divmod(self.num_sequences, n)
         starts = [i * size + min(i, more) for i in range(n + 1)]
-        ends = starts if self.cu_seqlens is None else self.cu_seqlens[starts].tolist()
+        ends = starts
+        if self.cu_seqlens is not None:
+            every = self.cu_seqlens.tolist()
+            ends = [every[start] for start in starts]
         return [self._part(starts[i], starts[i + 1], ends[i], ends[i + 1]) for i in range(n)]
 
     def _part(self, first: int, last: int, start: int, stop: int) -> Rollouts:
@@ -236,8 +239,11 @@ class Rollouts:
             width, cu = 0, self.cu_seqlens.long().contiguous()
             positions = torch.arange(ids.shape[0], device=ids.device)
             sequence_ids = torch.searchsorted(cu, positions, right=True).int() - 1
+            sequence_ids = sequence_ids.clamp(0, max(self.num_sequences - 1, 0))
             lengths = segment_sum(valid, sequence_ids.long(), self.num_sequences)
         counts = torch.stack([lengths.sum(), (lengths > 0).sum().float()])
+        if cu is not None:  # off the CPU, offsets that do not cover the tokens are only visible to the device
+            counts = torch.where((cu[0] == 0) & (cu[-1] == ids.shape[0]), counts, torch.nan)
 
         def floats(values: Tensor | None) -> Tensor | None:
             if values is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -15,10 +14,6 @@ class RowScores(NamedTuple):
     entropy: Tensor
     row_max: Tensor
     log_sum: Tensor
-
-    @classmethod
-    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device) -> RowScores:
-        return cls(*torch.zeros((4, n), dtype=dtype, device=device).unbind(0))
 
 
 class Scoring(NamedTuple):

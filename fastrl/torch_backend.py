@@ -137,7 +137,7 @@ def differentiate(
     row = RowScores(*(field[targets.tokens][:, None] for field in scores))
     c = torch.zeros_like(row.logp) if dlogp is None else dlogp[targets.tokens][:, None].to(dtype)
     e = None if dentropy is None else dentropy[targets.tokens][:, None].to(dtype)
-    live = _live(targets, c, e)
+    live = _live(targets, c, e, row.logp)
     c = c.masked_fill(targets.outside[:, None], torch.nan)
     share = -c * torch.exp(-row.log_sum)
     scratch = _scratch(logits, 1) if out.dtype != dtype else None
@@ -166,9 +166,9 @@ def differentiate(
             target.copy_(g)
 
 
-def _live(targets: _Targets, c: Tensor, e: Tensor | None) -> Tensor:
-    """(n,) rows that can have a gradient."""
-    live = (c if e is None else c.abs() + e.abs())[:, 0] != 0
+def _live(targets: _Targets, c: Tensor, e: Tensor | None, logp: Tensor) -> Tensor:
+    """(n,) rows that can have a gradient; NaN among them, whatever the cotangents."""
+    live = (((c if e is None else c.abs() + e.abs()) != 0) | logp.isnan())[:, 0]
     return live if targets.valid is None else live & targets.valid
 
 

@@ -89,12 +89,12 @@ def _launch_policy(
             rewards,
             flat.group_ids,
             flat.group_size,
-            eps=spec.advantage_eps,
+            eps=float(spec.advantage_eps),
             baseline=str(spec.advantage_baseline),
             scale=str(spec.advantage_scale),
         )
         advantages, rewards = every[flat.first_sequence : flat.first_sequence + flat.num_sequences], None
-    numbers = _numbers(spec) | {"weight_scale": how.scale, "advantage_eps": spec.advantage_eps}
+    numbers = _numbers(spec) | {"weight_scale": how.scale, "advantage_eps": float(spec.advantage_eps)}
     structure = _structure(spec) | {
         "SEQUENCE_LEVEL": spec.ratio_level == RatioLevel.SEQUENCE,
         "PER_SEQUENCE_MEAN": how.per_sequence_mean,

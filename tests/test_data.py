@@ -189,6 +189,20 @@ class TestMetrics:
         assert not {"ref_kl", "entropy", "dual_clip_fraction", "rollout_weight_mean"} & set(out.metrics)
         assert len(out.metrics) == len(list(out.metrics)) and "clip_fraction" in repr(out.metrics)
 
+    @pytest.mark.parametrize("backend", ON_CPU)
+    def test_merge_with_an_empty_batch(self, backend):
+        """A rank without tokens changes no metric, the extremes included."""
+        batch = make_batch()
+        logps = torch.full((4, 6), -2.0)
+        full = fastrl.policy_loss(logps, batch.rollouts, backend=backend).metrics
+        r = batch.rollouts
+        none = fastrl.Rollouts(
+            r.token_ids[:0], advantages=torch.ones(0), old_logps=r.old_logps[:0], ref_logps=r.ref_logps[:0]
+        )
+        empty = fastrl.policy_loss(logps[:0], none, backend=backend).metrics
+        assert empty["ratio_min"] == empty["ratio_max"] == 0
+        assert full.merge(empty).to_floats() == pytest.approx(full.to_floats())
+
     @pytest.mark.parametrize("name", ["grpo", "gspo-full", "k3", "dual-clip"])
     def test_fractions_are_fractions(self, name):
         for seed in range(5):

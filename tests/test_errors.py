@@ -124,6 +124,8 @@ MISUSES = [
     ("trainable temperature", lambda: fastrl.logprobs_from_logits(LOGITS, IDS, temperature=grad(-LOGPS)), ValueError, "temperature", "data", "detach"),
     ("in place on a leaf", lambda: fastrl.policy_loss_from_logits(grad(LOGITS), GOOD, inplace=True), ValueError, "inplace", "leaf", ""),
     ("in place on expanded", lambda: fastrl.policy_loss_from_logits(grad(LOGITS[:1]).expand(2, 3, 5), GOOD, inplace=True), ValueError, "inplace", "expanded", ""),
+    ("in place in float16", lambda: fastrl.policy_loss_from_logits(grad(LOGITS.half()) * 1, GOOD, inplace=True), ValueError, "inplace", "float16", "backward"),
+    ("temperature under zero at a token", lambda: fastrl.logprobs_from_logits(LOGITS, IDS, temperature=LOGPS), ValueError, "temperature", "above 0", ""),
     ("head as a matrix", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD.weight, GOOD), TypeError, "head", "LMHead", "from_model"),
     ("hidden of another width", lambda: fastrl.policy_loss_from_hidden(LOGITS, HEAD, GOOD), ValueError, "hidden", "H = 4", ""),
     ("hidden of another dtype", lambda: fastrl.policy_loss_from_hidden(HIDDEN.bfloat16(), HEAD, GOOD), TypeError, "hidden", "float32", "autocast"),

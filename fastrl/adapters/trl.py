@@ -126,8 +126,9 @@ def rollouts_from_batch(inputs: dict[str, Any]) -> Rollouts:
 
 
 class GRPOTrainer(_GRPOTrainer):
-    """TRL's `GRPOTrainer` with fastrl's loss: same constructor, same config, same logs, and fastrl's metrics beside
-    them under `fastrl/`.
+    """TRL's `GRPOTrainer` with fastrl's loss: same constructor and config. It logs TRL's loss, entropy, kl and
+    clip_ratio/{low_mean,high_mean,region_mean} (not low_min and high_max; with a sequence-level ratio no clip_ratio,
+    whose mean TRL takes over sequences), and fastrl's own metrics under `fastrl/`.
 
     Honoured: loss_type grpo, bnpo, dr_grpo and dapo; both importance_sampling_levels; epsilon, epsilon_high, delta;
     beta with the plain k3 gradient; temperature; tool masks; gradient accumulation and num_items_in_batch; train and
@@ -185,7 +186,7 @@ class GRPOTrainer(_GRPOTrainer):
         values = out.metrics.to_floats()
         log = self._metrics["train" if self.model.training else "eval"]
         log["entropy"].append(values["entropy"])
-        if "ref_kl" in values:
+        if self.args.beta:
             log["kl"].append(values["ref_kl"])
         if self.args.importance_sampling_level == "token":
             log["clip_ratio/low_mean"].append(values["clip_fraction_low"])

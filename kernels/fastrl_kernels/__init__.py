@@ -5,8 +5,9 @@ launch rows on grid x with 64-bit offsets.
 """
 
 from .fused import fused_loss_grad
+from .groups import group_advantages
 from .logprob import logprob_bwd, logprob_fwd
-from .policy import STATISTICS, group_advantages, policy_loss_fwd
+from .policy import STATISTICS, policy_loss_fwd
 from .scale import scale_
 
 __all__ = [

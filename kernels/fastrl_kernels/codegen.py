@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fused, logprob, policy, scale
+from . import fused, groups, logprob, policy, scale
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -46,7 +46,6 @@ class Build:
     vocabulary: bool
     absent: tuple[str, ...] = ()
     logits: str = "bf16"
-    aligned: bool = True
     logits_names: tuple[str, ...] = field(default=("logits_ptr", "dlogits_ptr", "x_ptr"))
 
 
@@ -69,10 +68,10 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
     yield _row_build("fused-unbounded", fused._fused_kernel, vocab_size, names, absent)
     yield from _policy_builds()
     for given, scaling in itertools.product((True, False), ("group", "batch", "none")):
-        constexprs = {"BASELINE": "mean", "SCALE": scaling, **policy._GROUP_BLOCKS}
+        constexprs = {"BASELINE": "mean", "SCALE": scaling, **groups._GROUP_BLOCKS}
         name = f"group-advantage-{'ids' if given else 'size'}-{scaling}"
         absent = () if given else ("ids_ptr",)
-        yield Build(name, policy._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
+        yield Build(name, groups._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
 
 
@@ -137,9 +136,7 @@ def compile_build(build: Build, target: GPUTarget) -> Any:
     constexprs = {**build.constexprs, **absent}
     signature = {name: "constexpr" if name in constexprs else _argument_type(name, build) for name in names}
     aligned = [
-        i
-        for i, name in enumerate(names)
-        if name not in constexprs and (name.endswith("_ptr") or (build.aligned and name in _ALIGNED))
+        i for i, name in enumerate(names) if name not in constexprs and (name.endswith("_ptr") or name in _ALIGNED)
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(build.kernel, signature, constexprs, attributes)

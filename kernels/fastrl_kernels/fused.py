@@ -22,10 +22,10 @@ from .softmax import (
     write_row_gradient,
     write_zero_row,
 )
-from .tune import on_device, row_config
+from .tune import PER_ROW, on_device, row_config
 
 
-@triton.jit(do_not_specialize=["T", "out_T"])
+@triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
 def _fused_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
     advantages_ptr, weights_ptr, old_ptr, ref_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,

@@ -19,10 +19,10 @@ from .softmax import (
     write_row_gradient,
     write_zero_row,
 )
-from .tune import on_device, row_config
+from .tune import PER_ROW, on_device, row_config
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=PER_ROW)
 def _logprob_fwd_kernel(
     logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
 
@@ -52,7 +52,7 @@ def _logprob_fwd_kernel(
         tl.store(log_sum_ptr + n, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "out_T"])
+@triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
 def _logprob_bwd_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
     dlogp_ptr, dentropy_ptr,

@@ -27,21 +27,16 @@ def ppo_clip(ratio, advantage, low, high, delta, dual_clip):
 
     Returns (loss, derivative, whether the dual clip replaced the loss).
     """
-    slope = -ratio * advantage
-    clipped, clipped_slope = ratio, slope
+    clipped, free = ratio, ratio
     if low is not None:
         clipped = tl.where(ratio < low, low, clipped)
-        clipped_slope = tl.where(ratio < low, 0.0, clipped_slope)
     if high is not None:
         clipped = tl.where(ratio > high, high, clipped)
-        clipped_slope = tl.where(ratio > high, 0.0, clipped_slope)
-    free, free_slope = ratio, slope
     if delta is not None:
         free = tl.where(ratio > delta, delta, ratio)
-        free_slope = tl.where(ratio > delta, 0.0, slope)
-    first, second = -free * advantage, -clipped * advantage
-    loss = tl.where(first < second, second, first)
-    derivative = tl.where(first < second, clipped_slope, free_slope)
+    chosen = tl.where(-free * advantage < -clipped * advantage, clipped, free)
+    loss = -chosen * advantage
+    derivative = tl.where((chosen < ratio) | (chosen > ratio), 0.0, -ratio * advantage)
     dual = advantage != advantage
     if dual_clip is not None:
         bound = -dual_clip * advantage

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .groups import group_advantage
 from .logprob import as_bytes
 from .objective_fns import hold, k3, token_terms
-from .tune import on_device, token_config
+from .tune import PER_ROW, on_device, token_config
 
 STATISTICS = (
     "clip_low", "clip_high", "dual_clip", "clamped", "ratio", "ratio_square", "approx_kl", "approx_kl_k3", "ref_kl",
@@ -49,117 +50,6 @@ def sequence_of(offs, sequence_ptr, T, valid):
 
 
 @triton.jit
-def normalised(own, n, total, low, high, std, eps, BASELINE: tl.constexpr, SCALE: tl.constexpr):
-    """A = (r − baseline) / (std + eps) from the sums of a reward's group; exactly 0 for a group of one or of equals."""
-    if BASELINE == "mean":
-        advantage = own - total / n
-    elif BASELINE == "leave-one-out":
-        advantage = own - (total - own) / tl.maximum(n - 1, 1)
-    elif BASELINE == "none":
-        advantage = own
-    else:
-        tl.static_assert(False, "unknown BASELINE")
-    if SCALE == "group" or SCALE == "batch":
-        advantage = advantage / (std + eps)
-    elif SCALE != "none":
-        tl.static_assert(False, "unknown SCALE")
-    if BASELINE != "none" or SCALE == "group":
-        advantage = tl.where((low == high) & (total == total), 0.0, advantage)
-    return advantage
-
-
-@triton.jit
-def group_advantage(rewards_ptr, sequence, valid, G, eps, BASELINE: tl.constexpr, SCALE: tl.constexpr):
-    """Advantages within groups of G consecutive rewards, std unbiased in two passes. G loads per token and pass, served
-    by the cache."""
-    own = tl.load(rewards_ptr + sequence, mask=valid, other=0.0).to(tl.float32)
-    first = sequence // G * G
-    total, low, high, squares = own * 0.0, own, own, own * 0.0
-    for g in range(0, G):
-        r = tl.load(rewards_ptr + first + g, mask=valid, other=0.0).to(tl.float32)
-        total += r
-        low, high = tl.minimum(low, r), tl.maximum(high, r)
-    if SCALE == "group":
-        for g in range(0, G):
-            r = tl.load(rewards_ptr + first + g, mask=valid, other=0.0).to(tl.float32)
-            squares += (r - total / G) * (r - total / G)
-    std = tl.sqrt(squares / tl.maximum(G - 1, 1))
-    return normalised(own, G, total, low, high, std, eps, BASELINE, SCALE)
-
-
-@triton.jit(do_not_specialize=["R", "G"])
-def _group_advantage_kernel(
-    rewards_ptr, ids_ptr, advantages_ptr,
-
-    R, G,
-
-    eps,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_S rewards per program, each against all R by their group ids (or by G consecutive ones), in any order: 12
-    bytes per reward read twice by every program, from the cache; 4 written."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    inside = row < R
-    own = tl.load(rewards_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    if ids_ptr is not None:
-        own_id = tl.load(ids_ptr + row, mask=inside, other=0)
-    else:
-        own_id = row // G
-    n, total, squares, low, high = own * 0.0, own * 0.0, own * 0.0, own, own
-    batch_total, batch_squares = 0.0, 0.0
-    for step in tl.static_range(0, 2):
-        for at in range(0, R, BLOCK_R):
-            other = at + tl.arange(0, BLOCK_R).to(tl.int64)
-            seen = other < R
-            r = tl.load(rewards_ptr + other, mask=seen, other=0.0).to(tl.float32)
-            if ids_ptr is not None:
-                other_id = tl.load(ids_ptr + other, mask=seen, other=0)
-            else:
-                other_id = other // G
-            same = (own_id[:, None] == other_id[None, :]) & seen[None, :]  # (BLOCK_S, BLOCK_R)
-            if step == 0:
-                n += tl.sum(same.to(tl.float32), 1)
-                total += tl.sum(tl.where(same, r[None, :], 0.0), 1)
-                low = tl.minimum(low, tl.min(tl.where(same, r[None, :], float("inf")), 1))
-                high = tl.maximum(high, tl.max(tl.where(same, r[None, :], -float("inf")), 1))
-                batch_total += tl.sum(tl.where(seen, r, 0.0), 0)
-            else:
-                gap = r[None, :] - (total / n)[:, None]
-                squares += tl.sum(tl.where(same, gap * gap, 0.0), 1)
-                off = r - batch_total / R
-                batch_squares += tl.sum(tl.where(seen, off * off, 0.0), 0)
-    std = tl.sqrt(squares / tl.maximum(n - 1, 1.0))
-    if SCALE == "batch":
-        std = tl.sqrt(batch_squares / tl.maximum(R - 1, 1)) + own * 0.0
-    advantage = normalised(own, n, total, low, high, std, eps, BASELINE, SCALE)
-    tl.store(advantages_ptr + row, advantage, mask=inside)
-
-
-_GROUP_BLOCKS = {"BLOCK_S": 16, "BLOCK_R": 128}
-
-
-def group_advantages(
-    rewards: Tensor,  # (R,)
-    group_ids: Tensor | None,  # (R,) int64; None = group_size consecutive rewards
-    group_size: int,
-    *,
-    eps: float,
-    baseline: str,
-    scale: str,
-) -> Tensor:
-    """(R,) fp32 advantages in one launch, for groups given by ids and for a batch-wide scale."""
-    R = rewards.shape[0]
-    advantages = torch.empty(R, dtype=torch.float32, device=rewards.device)
-    if R:
-        with on_device(rewards):
-            _group_advantage_kernel[(triton.cdiv(R, _GROUP_BLOCKS["BLOCK_S"]),)](
-                rewards, group_ids, advantages, R, max(group_size, 1), eps,
-                BASELINE=baseline, SCALE=scale, **_GROUP_BLOCKS, num_warps=4,
-            )  # fmt: skip
-    return advantages
-
-
-@triton.jit
 def token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN: tl.constexpr):
     """wₜ = mₜ·(1/length)·scale/D."""
     weight = tl.where(valid, weight_scale, 0.0)
@@ -177,7 +67,13 @@ def masked_sum(values, valid):
     return tl.sum(tl.where(valid, values.to(tl.float32), 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["N", "T", "G", "first_sequence"])
+_POINTERS = [
+    *PER_ROW, "rewards_ptr", "rollout_ptr", "sequence_ptr", "cu_ptr", "lengths_ptr", "denominator_ptr", "loss_ptr",
+    "statistics_ptr", "partials_ptr", "ticket_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "T", "G", "first_sequence"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
     logp_ptr, entropy_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, ref_ptr, rollout_ptr,
     sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
@@ -360,8 +256,10 @@ _tickets: dict[tuple[torch.device, int], Tensor] = {}
 def _ticket(device: torch.device) -> Tensor:
     """A zeroed int32 counter for this device and stream. Launches on a stream run one after the other and the last
     program zeroes it again, so one counter serves them all without a memset per launch."""
-    if device.type == "cpu":  # the interpreter; an error inside a kernel must not leave a count behind
-        return torch.zeros((), dtype=torch.int32)
+    # Not kept: under the interpreter, where an error inside a kernel would leave a count behind, and during a capture,
+    # whose memory belongs to the graph.
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tickets:
         _tickets[key] = torch.zeros((), dtype=torch.int32, device=device)
@@ -400,6 +298,8 @@ def policy_loss_fwd(
     if programs == 0 or N == 0:
         loss.zero_()
         statistics.zero_()
+        statistics[STATISTICS.index("ratio_min")] = float("inf")
+        statistics[STATISTICS.index("ratio_max")] = -float("inf")
         return loss, statistics
     partials = torch.empty((programs, _COLUMNS), dtype=torch.float32, device=logp.device)
     with on_device(logp):

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 import triton
 
+PER_ROW = [
+    "ids_ptr", "mask_ptr", "rows_ptr", "temperature_ptr", "advantages_ptr", "weights_ptr", "old_ptr", "ref_ptr",
+    "logp_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr", "dlogp_ptr", "dentropy_ptr",
+]  # fmt: skip
+"""Pointers that a row kernel reads one number from. Their alignment changes with N and with views of them, and must not
+compile another variant."""
+
 
 @dataclass(frozen=True)
 class RowConfig:
@@ -40,6 +47,7 @@ def row_config(vocab_size: int, softcap: bool = False, warp_size: int = 0) -> Ro
 
 
 def token_config(by_sequence: bool = False) -> TokenConfig:
+    """Four tokens per thread, two for a whole sequence, whose loop holds more: what compiles without spills."""
     return TokenConfig(block_n=512, num_warps=8 if by_sequence else 4)
 
 
