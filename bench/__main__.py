@@ -99,7 +99,10 @@ def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the ceilings", total=len(cases))
         ceilings = _ceilings(cases, options.device, tries=1 if options.quick else 10)
-        console.print("ceilings: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
+        console.print(
+            "ceilings: "
+            + ", ".join(f"{name} {'disturbed' if x is None else f'{x:.4g}'}" for name, x in ceilings.items())
+        )
         document = _document(options, ceilings)
         for case in cases:
             rows = runner.run_case(
@@ -117,16 +120,17 @@ def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     return 0
 
 
-def _ceilings(cases: list[Case], device: str, tries: int) -> dict[str, float]:
-    """copy_gbs: GB/s read plus written; gemm_DTYPE_tflops: TFLOP/s for each dtype of a case with products."""
+def _ceilings(cases: list[Case], device: str, tries: int) -> dict[str, float | None]:
+    """copy_gbs: GB/s read plus written; gemm_DTYPE_tflops: TFLOP/s for each dtype of a case with products. None where
+    other processes never let it be measured; a quick run takes what comes."""
     dtypes = sorted({case.shape.dtype for case in cases if case.least_flops})
-    rates = {
-        f"gemm_{dtype}_tflops": undisturbed(lambda dtype=dtype: gemm_rate(dtype, device), tries) for dtype in dtypes
-    }
-    return {"copy_gbs": undisturbed(lambda: copy_bandwidth(device), tries)} | rates
+    measures = {"copy_gbs": lambda: copy_bandwidth(device)}
+    measures |= {f"gemm_{dtype}_tflops": lambda dtype=dtype: gemm_rate(dtype, device) for dtype in dtypes}
+    found = {name: undisturbed(measure, tries) for name, measure in measures.items()}
+    return {name: rate if fair or tries == 1 or device != "cpu" else None for name, (rate, fair) in found.items()}
 
 
-def _document(options: argparse.Namespace, ceilings: dict[str, float]) -> dict[str, Any]:
+def _document(options: argparse.Namespace, ceilings: dict[str, float | None]) -> dict[str, Any]:
     """Everything but the rows; the command is rebuilt from the options, since the typed one may hold paths."""
     chosen = options.providers if set(options.providers) < set(suites.PROVIDERS) else []
     command = ["python -m bench", f"--suite {options.suite}", f"--device {options.device}"]

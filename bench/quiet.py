@@ -25,13 +25,13 @@ class Neighbours:
     """Seconds of processor time that other processes used since construction; None where the system does not say."""
 
     def __init__(self) -> None:
-        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_seconds()
+        self._wall, self._own, self._all = time.perf_counter(), _own_seconds(), _busy_seconds()
 
     def disturbed(self) -> bool:
         """Whether others took so much that the round does not count."""
         if self._all is None:
             return False
-        others = (_busy_seconds() - self._all) - (time.process_time() - self._own)
+        others = (_busy_seconds() - self._all) - (_own_seconds() - self._own)
         available = (time.perf_counter() - self._wall) * (os.cpu_count() or 1)
         return others > max(_RESOLUTION, SHARE * available)
 
@@ -47,17 +47,23 @@ def wait_for_quiet(seconds: float) -> float:
     return time.monotonic() - start
 
 
-def undisturbed(measure: Callable[[], float], tries: int) -> float:
-    """The best of a rate measured until others left it alone, `tries` times at most: a ceiling taken on a busy machine
-    would flatter every share of it."""
+def undisturbed(measure: Callable[[], float], tries: int) -> tuple[float, bool]:
+    """The best of a rate measured until others left it alone, `tries` times at most, and whether they did: a ceiling
+    taken on a busy machine would flatter every share of it."""
     best = 0.0
-    for _ in range(tries):
+    for i in range(tries):
         neighbours = Neighbours()
         best = max(best, measure())
-        if tries == 1 or not neighbours.disturbed():
-            break
-        wait_for_quiet(_PATIENCE)
-    return best
+        if not neighbours.disturbed():
+            return best, True
+        if i + 1 < tries:
+            wait_for_quiet(_PATIENCE)
+    return best, False
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of the compilers that it waited for."""
+    return sum(os.times()[:4])
 
 
 def _busy_seconds() -> float | None:

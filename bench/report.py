@@ -40,7 +40,7 @@ def table(rows: list[Row]) -> Table:
             _number(row["first_ms"]),
             _number(row["peak_mib"]),
             f"{rate['value']:.3g} {rate['unit']}",
-            f"{rate['share']:.0%}",
+            "-" if rate["share"] is None else f"{rate['share']:.0%}",
             _ratio(row["vs_eager"]),
             f"{worst:.2f}",
         )

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-def run_case(case: Case, names: list[str], ceilings: dict[str, float], quick: bool, say: Say) -> list[Row]:
+def run_case(case: Case, names: list[str], ceilings: dict[str, float | None], quick: bool, say: Say) -> list[Row]:
     """One row per provider. A provider that cannot run, fails or is wrong has a reason in its row and no speed."""
     rows = {name: _row(case, name) for name in names if name in case.providers}
     runs = _checked(case, rows, say)
@@ -169,7 +169,7 @@ def _memory(case: Case, name: str, run: Run, quick: bool) -> Row:
     return {"peak_mib": memory.gpu_peak(case, case.providers[name], run)}
 
 
-def _speed(case: Case, times: list[float], ceilings: dict[str, float]) -> Row:
+def _speed(case: Case, times: list[float], ceilings: dict[str, float | None]) -> Row:
     """Median, spread, and the share of the ceiling that the least possible bytes or FLOP make of it."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     ms = {"median": median, "q25": low, "q75": high, "min": min(times), "max": max(times), "samples": times}
@@ -181,7 +181,7 @@ def _speed(case: Case, times: list[float], ceilings: dict[str, float]) -> Row:
         moved = case.least_bytes(case.shape)
         achieved, ceiling, unit = moved / median / 1e6, ceilings["copy_gbs"], "GB/s"
         rate = {"least_bytes": moved}
-    rate |= {"value": achieved, "unit": unit, "ceiling": ceiling, "share": achieved / ceiling}
+    rate |= {"value": achieved, "unit": unit, "ceiling": ceiling, "share": achieved / ceiling if ceiling else None}
     return {"ms": ms, "rate": rate}
 
 
