@@ -17,6 +17,7 @@ from fastrl.nn import PolicyLoss
 from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
+from fastrl.whitening import whiten
 
 __version__ = "0.1.0"
 
@@ -42,4 +43,5 @@ __all__ = [
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
     "shift_for_next_token",
+    "whiten",
 ]

@@ -53,6 +53,16 @@ def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None
         refuse(name, f"a tensor on {device}, the device of {of}", value, f"move it: {name}.to('{device}')")
 
 
+def keep(mask: Tensor | None, like: Tensor, of: str) -> Tensor | None:
+    """The mask of `like`, checked, as bool; None = all count."""
+    if mask is None:
+        return None
+    tensor("mask", mask)
+    shape("mask", mask, tuple(like.shape), f"the shape of {of}")
+    same_device("mask", mask, like.device, of)
+    return mask != 0
+
+
 def number(name: str, value: Any, *, above: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(name, "a number", value, error=TypeError)

@@ -61,7 +61,7 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "spec", "presets", "_checks", "flat", "objectives", "ratio", "reduction", "advantages", "metrics", "reference",
+        "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "advantages", "metrics", "reference",
         "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
         "inputs", "functional", "nn", "_info",
     ]  # fmt: skip
