@@ -1,7 +1,8 @@
 """GRPO / PPO losses for language models: fused, exact, drop-in. The public list; nothing else happens here."""
 
 from fastrl._info import info
-from fastrl.advantages import group_advantages
+from fastrl.advantages import group_advantages, pass_at_k_advantages
+from fastrl.batch_advantages import gdpo_advantages, gpg_advantages
 from fastrl.functional import (
     LossOutput,
     TokenLogprobs,
@@ -35,10 +36,13 @@ __all__ = [
     "PolicyLoss",
     "Rollouts",
     "TokenLogprobs",
+    "gdpo_advantages",
+    "gpg_advantages",
     "group_advantages",
     "info",
     "logprobs_from_hidden",
     "logprobs_from_logits",
+    "pass_at_k_advantages",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",

@@ -70,6 +70,11 @@ def number(name: str, value: Any, *, above: float = 0.0) -> None:
         refuse(name, f"a finite number above {above:g}", value)
 
 
+def number_from_zero(name: str, value: Any) -> None:
+    if isinstance(value, bool) or value != 0:
+        number(name, value)
+
+
 def no_grad_needed(name: str, value: Tensor) -> None:
     if value.requires_grad:
         refuse(name, "a tensor without gradient (it is data here, not a parameter)", value, f"pass {name}.detach()")

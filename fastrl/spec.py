@@ -58,12 +58,18 @@ class AdvantageBaseline(_Option):
     MEAN = "mean"
     LEAVE_ONE_OUT = "leave-one-out"
     NONE = "none"
+    LENGTH_WEIGHTED = "length-weighted"
+    """Σ len·r / Σ len of the group (OPO); only outside the loss, see `advantages.group_advantages`."""
 
 
 class AdvantageScale(_Option):
     GROUP = "group"
     BATCH = "batch"
     NONE = "none"
+    LEAVE_ONE_OUT = "leave-one-out"
+    """The unbiased std of the others, divided by only where it is above 0 (NeMo-RL)."""
+    MEAN = "mean"
+    """The group's mean, 0 where it is not positive (MaxRL)."""
 
 
 def option(enum: type[_Option], value: Any, name: str) -> Any:
@@ -209,6 +215,12 @@ class LossSpec:
             raise ValueError(
                 f"max_length: only aggregation 'seq-mean-token-sum-norm' divides by it, got {self.max_length!r} with "
                 f"aggregation {str(self.aggregation)!r}; leave it None"
+            )
+        if self.advantage_baseline == AdvantageBaseline.LENGTH_WEIGHTED:
+            raise ValueError(
+                "advantage_baseline: 'length-weighted' needs the lengths of the whole group, which a loss on a "
+                "micro-batch does not have; use group_advantages(rewards, ..., baseline='length-weighted', "
+                "lengths=...) and pass Rollouts(advantages=...)"
             )
         if self.is_custom:
             self._check_custom()

@@ -61,8 +61,8 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "advantages", "metrics", "reference",
-        "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
+        "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "backend", "advantages", "batch_advantages", "metrics", "reference",
+        "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "ops", "autograd",
         "inputs", "functional", "nn", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"

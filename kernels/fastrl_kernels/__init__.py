@@ -4,6 +4,7 @@ Launchers allocate nothing that they do not return or that the caller did not ha
 launch rows on grid x with 64-bit offsets.
 """
 
+from .batch_groups import batch_advantages
 from .fused import fused_loss_grad
 from .groups import group_advantages
 from .logprob import logprob_bwd, logprob_fwd
@@ -12,6 +13,7 @@ from .scale import scale_
 
 __all__ = [
     "STATISTICS",
+    "batch_advantages",
     "fused_loss_grad",
     "group_advantages",
     "logprob_bwd",

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fused, groups, logprob, policy, scale
+from . import batch_groups, fused, groups, logprob, policy, scale
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -30,8 +30,8 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R")
-_BYTES = ("mask_ptr",)
+_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R", "K")
+_BYTES = ("mask_ptr", "varies_ptr")
 _ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
 
 
@@ -67,12 +67,30 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
     absent = (*lean, "low", "high", "bound", "old_ptr")
     yield _row_build("fused-unbounded", fused._fused_kernel, vocab_size, names, absent)
     yield from _policy_builds()
-    for given, scaling in itertools.product((True, False), ("group", "batch", "none")):
-        constexprs = {"BASELINE": "mean", "SCALE": scaling, **groups._GROUP_BLOCKS}
-        name = f"group-advantage-{'ids' if given else 'size'}-{scaling}"
-        absent = () if given else ("ids_ptr",)
-        yield Build(name, groups._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
+    yield from _group_builds()
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
+
+
+def _group_builds() -> Iterator[Build]:
+    kernel, blocks = groups._group_advantage_kernel, groups.GROUP_BLOCKS
+    pairs = [("mean", scaling) for scaling in ("group", "batch", "none", "leave-one-out", "mean")]
+    pairs += [("leave-one-out", "leave-one-out"), ("length-weighted", "none"), ("best-of-others", "group")]
+    for given, (baseline, scaling) in itertools.product((True, False), pairs):
+        name = "-".join(("group-advantage", "ids" if given else "size", baseline, scaling))
+        absent = ("lengths_ptr",) if baseline != "length-weighted" else ()
+        absent += () if given else ("ids_ptr",)
+        yield Build(name, kernel, {"BASELINE": baseline, "SCALE": scaling, **blocks}, _warps4, False, absent)
+    for finish, given in itertools.product(("batch", "tokens", "signal", "none"), (True, False)):
+        constexprs = {"SCALE": "none" if finish == "signal" else "group", "FINISH": finish, **blocks}
+        constexprs["BLOCK"] = batch_groups._BLOCK
+        absent = ("lengths_ptr",) if finish != "tokens" else ()
+        absent += () if given else ("ids_ptr", "weights_ptr")
+        name = f"batch-advantage-{'ids' if given else 'size'}-{finish}"
+        yield Build(name, batch_groups._batch_advantage_kernel, constexprs, _warps4, False, absent)
+
+
+def _warps4(_: int) -> TokenConfig:
+    return TokenConfig(0, 4)
 
 
 def _row_build(
