@@ -15,6 +15,7 @@ from fastrl.head import LMHead
 from fastrl.metrics import Metrics
 from fastrl.nn import PolicyLoss
 from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
+from fastrl.returns import discounted_returns, gae, length_adaptive_lambda, n_step_returns, td_errors
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
 from fastrl.whitening import whiten
@@ -35,13 +36,18 @@ __all__ = [
     "PolicyLoss",
     "Rollouts",
     "TokenLogprobs",
+    "discounted_returns",
+    "gae",
     "group_advantages",
     "info",
+    "length_adaptive_lambda",
     "logprobs_from_hidden",
     "logprobs_from_logits",
+    "n_step_returns",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
     "shift_for_next_token",
+    "td_errors",
     "whiten",
 ]

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fused, groups, logprob, policy, scale
+from . import fused, groups, logprob, policy, scale, scan
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -73,6 +73,14 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         absent = () if given else ("ids_ptr",)
         yield Build(name, groups._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
+    for name, carry, absent in (
+        ("full", True, ()),
+        ("plain", False, ("mask_ptr", "bootstrap_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+        ("returns", True, ("values_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+    ):
+        constexprs = {"CARRY_MASKED": carry, "BLOCK": scan._BLOCK}
+        config = functools.partial(_fixed, scan._WARPS)
+        yield Build(f"scan-{name}", scan._lambda_returns_kernel, constexprs, config, False, absent)
 
 
 def _row_build(
@@ -114,6 +122,10 @@ def _policy_builds() -> Iterator[Build]:
 
 def _token(by_sequence: bool, _: int) -> TokenConfig:
     return token_config(by_sequence)
+
+
+def _fixed(num_warps: int, _: int) -> TokenConfig:
+    return TokenConfig(0, num_warps)
 
 
 def _argument_type(name: str, build: Build) -> str:
