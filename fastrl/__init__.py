@@ -3,6 +3,7 @@
 from fastrl._info import info
 from fastrl.advantages import group_advantages, pass_at_k_advantages
 from fastrl.batch_advantages import gdpo_advantages, gpg_advantages
+from fastrl.controllers import AdaptiveEntropyController, AdaptiveKLController, FixedKLController
 from fastrl.functional import (
     LossOutput,
     TokenLogprobs,
@@ -16,8 +17,16 @@ from fastrl.head import LMHead
 from fastrl.metrics import Metrics
 from fastrl.nn import PolicyLoss
 from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
+from fastrl.returns import discounted_returns, gae, length_adaptive_lambda, n_step_returns, td_errors
+from fastrl.reward_shaping import ShapedRewards, kl_shaped_advantages, kl_shaped_rewards
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
+from fastrl.token_advantages import (
+    optimal_token_baseline_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+)
 from fastrl.whitening import whiten
 
 __version__ = "0.1.0"
@@ -29,23 +38,38 @@ __all__ = [
     "GRPO",
     "GSPO",
     "PPO",
+    "AdaptiveEntropyController",
+    "AdaptiveKLController",
+    "FixedKLController",
     "LMHead",
     "LossOutput",
     "LossSpec",
     "Metrics",
     "PolicyLoss",
     "Rollouts",
+    "ShapedRewards",
     "TokenLogprobs",
+    "discounted_returns",
+    "gae",
     "gdpo_advantages",
     "gpg_advantages",
     "group_advantages",
     "info",
+    "kl_shaped_advantages",
+    "kl_shaped_rewards",
+    "length_adaptive_lambda",
     "logprobs_from_hidden",
     "logprobs_from_logits",
+    "n_step_returns",
+    "optimal_token_baseline_advantages",
     "pass_at_k_advantages",
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+    "remax_advantages",
     "shift_for_next_token",
+    "td_errors",
     "whiten",
 ]

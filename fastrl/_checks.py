@@ -60,7 +60,7 @@ def keep(mask: Tensor | None, like: Tensor, of: str) -> Tensor | None:
     tensor("mask", mask)
     shape("mask", mask, tuple(like.shape), f"the shape of {of}")
     same_device("mask", mask, like.device, of)
-    return mask != 0
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def number(name: str, value: Any, *, above: float = 0.0) -> None:
@@ -73,6 +73,13 @@ def number(name: str, value: Any, *, above: float = 0.0) -> None:
 def number_from_zero(name: str, value: Any) -> None:
     if isinstance(value, bool) or value != 0:
         number(name, value)
+
+
+def fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(name, "a number", value, error=TypeError)
+    if not 0 <= value <= 1:
+        refuse(name, "a number from 0 to 1", value)
 
 
 def no_grad_needed(name: str, value: Tensor) -> None:

@@ -97,9 +97,7 @@ def kl_shaped_advantages(
     """
     keep, x = _kl(logps, ref_logps, mask, KLEstimator.K1, None)
     coef = _coefficient(kl_coef)
-    _checks.number_from_zero("gamma", gamma)
-    if gamma > 1:
-        _checks.refuse("gamma", "a number within [0, 1]", repr(gamma))
+    _checks.fraction("gamma", gamma)
     term = torch.where(keep, x.sum() / keep.sum().clamp_min(1) - x, 0)
     if gamma:
         term = discounted_returns(term, gamma=gamma, mask=keep)

@@ -171,8 +171,12 @@ def optimal_token_baseline_advantages(
     else:
         width = rewards.shape[1]
         place = torch.where(keep, keep.cumsum(1) - 1, width)  # column T takes what does not count
-        dense = [x.new_zeros((x.shape[0], width + 1)).scatter(1, place, x)[:, :width] for x in (returns, path, keep)]
-        advantages = _against_group(*dense, groups, keep_tail, eps).gather(1, place.clamp_max(max(width - 1, 0)))
+
+        def moved(x: Tensor) -> Tensor:
+            return x.new_zeros((x.shape[0], width + 1)).scatter(1, place, x)[:, :width]
+
+        dense = _against_group(moved(returns), moved(path), moved(keep), groups, keep_tail, eps)
+        advantages = dense.gather(1, place.clamp_max(max(width - 1, 0)))
     return torch.where(keep, advantages, 0).to(wide(rewards.dtype))
 
 

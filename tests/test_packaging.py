@@ -61,9 +61,10 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "backend", "advantages", "batch_advantages", "metrics", "reference",
-        "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "ops", "autograd",
-        "inputs", "functional", "nn", "_info",
+        "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "backend", "advantages",
+        "batch_advantages", "metrics", "reference", "rollouts", "head", "plan", "rows", "torch_backend",
+        "triton_backend", "levels", "ops", "autograd", "inputs", "functional", "nn", "scan", "returns",
+        "token_advantages", "reward_shaping", "controllers", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}

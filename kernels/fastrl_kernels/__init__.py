@@ -10,12 +10,14 @@ from .groups import group_advantages
 from .logprob import logprob_bwd, logprob_fwd
 from .policy import STATISTICS, policy_loss_fwd
 from .scale import scale_
+from .scan import lambda_returns
 
 __all__ = [
     "STATISTICS",
     "batch_advantages",
     "fused_loss_grad",
     "group_advantages",
+    "lambda_returns",
     "logprob_bwd",
     "logprob_fwd",
     "policy_loss_fwd",

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import batch_groups, fused, groups, logprob, policy, scale
+from . import batch_groups, fused, groups, logprob, policy, scale, scan
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -69,28 +69,32 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
     yield from _policy_builds()
     yield from _group_builds()
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
+    for name, carry, absent in (
+        ("full", True, ()),
+        ("plain", False, ("mask_ptr", "bootstrap_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+        ("returns", True, ("values_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+    ):
+        constexprs = {"CARRY_MASKED": carry, "BLOCK": scan._BLOCK}
+        config = functools.partial(_fixed, scan._WARPS)
+        yield Build(f"scan-{name}", scan._lambda_returns_kernel, constexprs, config, False, absent)
 
 
 def _group_builds() -> Iterator[Build]:
-    kernel, blocks = groups._group_advantage_kernel, groups.GROUP_BLOCKS
+    kernel, blocks, config = groups._group_advantage_kernel, groups.GROUP_BLOCKS, functools.partial(_fixed, 4)
     pairs = [("mean", scaling) for scaling in ("group", "batch", "none", "leave-one-out", "mean")]
     pairs += [("leave-one-out", "leave-one-out"), ("length-weighted", "none"), ("best-of-others", "group")]
     for given, (baseline, scaling) in itertools.product((True, False), pairs):
         name = "-".join(("group-advantage", "ids" if given else "size", baseline, scaling))
         absent = ("lengths_ptr",) if baseline != "length-weighted" else ()
         absent += () if given else ("ids_ptr",)
-        yield Build(name, kernel, {"BASELINE": baseline, "SCALE": scaling, **blocks}, _warps4, False, absent)
+        yield Build(name, kernel, {"BASELINE": baseline, "SCALE": scaling, **blocks}, config, False, absent)
     for finish, given in itertools.product(("batch", "tokens", "signal", "none"), (True, False)):
         constexprs = {"SCALE": "none" if finish == "signal" else "group", "FINISH": finish, **blocks}
         constexprs["BLOCK"] = batch_groups._BLOCK
         absent = ("lengths_ptr",) if finish != "tokens" else ()
         absent += () if given else ("ids_ptr", "weights_ptr")
         name = f"batch-advantage-{'ids' if given else 'size'}-{finish}"
-        yield Build(name, batch_groups._batch_advantage_kernel, constexprs, _warps4, False, absent)
-
-
-def _warps4(_: int) -> TokenConfig:
-    return TokenConfig(0, 4)
+        yield Build(name, batch_groups._batch_advantage_kernel, constexprs, config, False, absent)
 
 
 def _row_build(
@@ -132,6 +136,10 @@ def _policy_builds() -> Iterator[Build]:
 
 def _token(by_sequence: bool, _: int) -> TokenConfig:
     return token_config(by_sequence)
+
+
+def _fixed(num_warps: int, _: int) -> TokenConfig:
+    return TokenConfig(0, num_warps)
 
 
 def _argument_type(name: str, build: Build) -> str:
