@@ -49,12 +49,12 @@ def normalised(own, n, gap, weighted_gap, best_gap, varies, std, eps, BASELINE: 
 
 
 @triton.jit
-def unbiased(squares, shifted, n, others_vary, SCALE: tl.constexpr):
-    """The std of a group from Σ (r − mean)²; or of the others in it, from Σ (r − least)² and Σ (r − least): exactly 0
-    where those are equal, whatever rounding left in the sums."""
+def unbiased(squares, shifted, n, SCALE: tl.constexpr):
+    """The std of a group from Σ (r − mean)²; or of the others in it, from Σ (r − least)² and Σ (r − least), which are
+    exactly 0 where those are equal: no residue of rounding is ever divided by."""
     if SCALE == "leave-one-out":
         squares = tl.maximum(squares - shifted * shifted / tl.maximum(n - 1, 1), 0.0)
-        std = tl.where(others_vary, tl.sqrt(squares / tl.maximum(n - 2, 1)), 0.0)
+        std = tl.sqrt(squares / tl.maximum(n - 2, 1))
     else:
         std = tl.sqrt(squares / tl.maximum(n - 1, 1))
     return std
@@ -68,16 +68,14 @@ def group_advantage(rewards_ptr, sequence, valid, G, eps, BASELINE: tl.constexpr
     own = tl.load(rewards_ptr + sequence, mask=valid, other=0.0).to(tl.float32)
     first = sequence // G * G
     total, squares, shifted, low, high = own * 0.0, own * 0.0, own * 0.0, own * 0.0, own * 0.0
-    other_low, other_high = own * 0.0 + float("inf"), own * 0.0 - float("inf")
+    other_low = own * 0.0 + float("inf")
     for g in range(0, G):
         r = tl.load(rewards_ptr + first + g, mask=valid, other=0.0).to(tl.float32)
         d = r - own
         total += d
         low, high = tl.minimum(low, d), tl.maximum(high, d)
         if SCALE == "leave-one-out":
-            other = first + g != sequence
-            other_low = tl.minimum(other_low, tl.where(other, r, float("inf")))
-            other_high = tl.maximum(other_high, tl.where(other, r, -float("inf")))
+            other_low = tl.minimum(other_low, tl.where(first + g != sequence, r, float("inf")))
     if SCALE == "group" or SCALE == "leave-one-out":
         for g in range(0, G):
             r = tl.load(rewards_ptr + first + g, mask=valid, other=0.0).to(tl.float32)
@@ -87,7 +85,7 @@ def group_advantage(rewards_ptr, sequence, valid, G, eps, BASELINE: tl.constexpr
             else:
                 d = r - own - total / G
             squares += d * d
-    std = unbiased(squares, shifted, G, other_low < other_high, SCALE)
+    std = unbiased(squares, shifted, G, SCALE)
     return normalised(own, G, -total / G, own, own, low < high, std, eps, BASELINE, SCALE)
 
 
@@ -129,8 +127,9 @@ def group_block(
                 n += tl.sum(same.to(tl.float32), 1)
                 total += tl.sum(d, 1)
                 low, high = tl.minimum(low, tl.min(d, 1)), tl.maximum(high, tl.max(d, 1))
-                if SCALE == "leave-one-out" or BASELINE == "best-of-others":
+                if SCALE == "leave-one-out":
                     other_low = tl.minimum(other_low, tl.min(tl.where(other, r[None, :], float("inf")), 1))
+                if BASELINE == "best-of-others":
                     other_high = tl.maximum(other_high, tl.max(tl.where(other, r[None, :], -float("inf")), 1))
                 if BASELINE == "length-weighted":
                     length = tl.load(lengths_ptr + column, mask=seen, other=0).to(tl.float32)
@@ -148,7 +147,7 @@ def group_block(
                 off = tl.where(other, r[None, :] - other_low[:, None], 0.0)
                 shifted += tl.sum(off, 1)
                 squares += tl.sum(off * off, 1)
-    std = unbiased(squares, shifted, n, other_low < other_high, SCALE)
+    std = unbiased(squares, shifted, n, SCALE)
     if SCALE == "batch":
         std = tl.sqrt(batch_squares / tl.maximum(R - 1, 1)) + own * 0.0
     weighted_gap = tl.where(weight > 0, -weighted / weight, 0.0)
