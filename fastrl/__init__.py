@@ -2,6 +2,7 @@
 
 from fastrl._info import info
 from fastrl.advantages import group_advantages
+from fastrl.critic import ValueMetrics, td_loss, value_loss, value_metrics
 from fastrl.functional import (
     LossOutput,
     TokenLogprobs,
@@ -36,6 +37,7 @@ __all__ = [
     "PolicyLoss",
     "Rollouts",
     "TokenLogprobs",
+    "ValueMetrics",
     "discounted_returns",
     "gae",
     "group_advantages",
@@ -49,5 +51,8 @@ __all__ = [
     "policy_loss_from_logits",
     "shift_for_next_token",
     "td_errors",
+    "td_loss",
+    "value_loss",
+    "value_metrics",
     "whiten",
 ]
