@@ -17,6 +17,7 @@ from fastrl.metrics import Metrics
 from fastrl.nn import PolicyLoss
 from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
 from fastrl.returns import discounted_returns, gae, length_adaptive_lambda, n_step_returns, td_errors
+from fastrl.reward_model import ranked_reward_loss, reward_model_loss
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
 from fastrl.whitening import whiten
@@ -49,6 +50,8 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
+    "ranked_reward_loss",
+    "reward_model_loss",
     "shift_for_next_token",
     "td_errors",
     "td_loss",

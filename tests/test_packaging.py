@@ -63,7 +63,7 @@ def test_dependencies_point_downwards():
     order = [
         "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "advantages", "metrics", "reference",
         "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
-        "inputs", "functional", "nn", "scan", "returns", "critic", "_info",
+        "inputs", "functional", "nn", "scan", "returns", "critic", "reward_model", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}

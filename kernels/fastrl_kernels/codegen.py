@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fused, groups, logprob, policy, scale, scan
+from . import fused, groups, logprob, policy, ranking, scale, scan
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -30,7 +30,7 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R")
+_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R", "K")
 _BYTES = ("mask_ptr",)
 _ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
 
@@ -81,6 +81,10 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         constexprs = {"CARRY_MASKED": carry, "BLOCK": scan._BLOCK}
         config = functools.partial(_fixed, scan._WARPS)
         yield Build(f"scan-{name}", scan._lambda_returns_kernel, constexprs, config, False, absent)
+    for name, absent in (("full", ()), ("lean", ("mask_ptr", "dscores_ptr"))):
+        constexprs = {"BLOCK_K": ranking._BLOCK_K, "BLOCK_P": ranking._BLOCK_P}
+        config = functools.partial(_fixed, 4)
+        yield Build(f"ranking-{name}", ranking._ranked_reward_kernel, constexprs, config, False, absent)
 
 
 def _row_build(
