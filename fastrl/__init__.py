@@ -4,6 +4,7 @@ from fastrl._info import info
 from fastrl.advantages import group_advantages, pass_at_k_advantages
 from fastrl.batch_advantages import gdpo_advantages, gpg_advantages
 from fastrl.controllers import AdaptiveEntropyController, AdaptiveKLController, FixedKLController
+from fastrl.critic import ValueMetrics, td_loss, value_loss, value_metrics
 from fastrl.functional import (
     LossOutput,
     TokenLogprobs,
@@ -18,6 +19,7 @@ from fastrl.metrics import Metrics
 from fastrl.nn import PolicyLoss
 from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
 from fastrl.returns import discounted_returns, gae, length_adaptive_lambda, n_step_returns, td_errors
+from fastrl.reward_model import ranked_reward_loss, reward_model_loss
 from fastrl.reward_shaping import ShapedRewards, kl_shaped_advantages, kl_shaped_rewards
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
@@ -49,6 +51,7 @@ __all__ = [
     "Rollouts",
     "ShapedRewards",
     "TokenLogprobs",
+    "ValueMetrics",
     "discounted_returns",
     "gae",
     "gdpo_advantages",
@@ -66,10 +69,15 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_hidden",
     "policy_loss_from_logits",
+    "ranked_reward_loss",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",
     "remax_advantages",
+    "reward_model_loss",
     "shift_for_next_token",
     "td_errors",
+    "td_loss",
+    "value_loss",
+    "value_metrics",
     "whiten",
 ]

@@ -64,7 +64,8 @@ def test_dependencies_point_downwards():
         "spec", "presets", "_checks", "whitening", "flat", "objectives", "ratio", "reduction", "backend", "advantages",
         "batch_advantages", "metrics", "reference", "rollouts", "head", "plan", "rows", "torch_backend",
         "triton_backend", "levels", "ops", "autograd", "inputs", "functional", "nn", "scan", "returns",
-        "token_advantages", "reward_shaping", "controllers", "_info",
+        "token_advantages", "reward_shaping", "controllers", "critic",
+        "reward_model", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}

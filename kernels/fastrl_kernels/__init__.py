@@ -9,6 +9,7 @@ from .fused import fused_loss_grad
 from .groups import group_advantages
 from .logprob import logprob_bwd, logprob_fwd
 from .policy import STATISTICS, policy_loss_fwd
+from .ranking import ranked_reward
 from .scale import scale_
 from .scan import lambda_returns
 
@@ -21,5 +22,6 @@ __all__ = [
     "logprob_bwd",
     "logprob_fwd",
     "policy_loss_fwd",
+    "ranked_reward",
     "scale_",
 ]

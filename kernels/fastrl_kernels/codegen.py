@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import batch_groups, fused, groups, logprob, policy, scale, scan
+from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -77,6 +77,10 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         constexprs = {"CARRY_MASKED": carry, "BLOCK": scan._BLOCK}
         config = functools.partial(_fixed, scan._WARPS)
         yield Build(f"scan-{name}", scan._lambda_returns_kernel, constexprs, config, False, absent)
+    for name, absent in (("full", ()), ("lean", ("mask_ptr", "dscores_ptr"))):
+        constexprs = {"BLOCK_K": ranking._BLOCK_K, "BLOCK_P": ranking._BLOCK_P}
+        config = functools.partial(_fixed, 4)
+        yield Build(f"ranking-{name}", ranking._ranked_reward_kernel, constexprs, config, False, absent)
 
 
 def _group_builds() -> Iterator[Build]:
@@ -114,7 +118,12 @@ def _row_build(
 def _policy_builds() -> Iterator[Build]:
     for level, packed, kl in itertools.product((False, True), (False, True), (False, True)):
         config = token_config(level)
-        for baseline, scaling in (("mean", "group"), ("mean", "none"), ("leave-one-out", "none")):
+        for baseline, scaling in (
+            ("mean", "group"),
+            ("mean", "none"),
+            ("leave-one-out", "none"),
+            ("leave-one-out", "leave-one-out"),
+        ):
             constexprs = {
                 "OBJECTIVE": "ppo_clip",
                 "KL": "k3",
