@@ -1,0 +1,159 @@
+"""One scored batch for every peer, and the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrl
+
+B, T = 6, 8
+LENGTHS = (8, 6, 5, 3, 1, 0)  # the last completion is empty
+
+
+@dataclass(frozen=True)
+class Batch:
+    """float64 (B, T) tensors, finite everywhere: peers multiply by the mask. Every value is a float32 number."""
+
+    logps: Tensor
+    entropy: Tensor
+    old: Tensor | None
+    ref: Tensor
+    rollout: Tensor
+    completion: Tensor  # (B, T) int64 0/1: inside the completion
+    tools: Tensor  # (B, T) int64 0/1: 0 = written by a tool
+    advantages: Tensor  # (B,) or (B, T)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) int64: what counts."""
+        return self.completion * self.tools
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """(B, T)"""
+        return self.advantages if self.advantages.ndim == 2 else self.advantages[:, None].expand(B, T)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies to differentiate."""
+        return self.logps.clone().requires_grad_(), self.entropy.clone().requires_grad_()
+
+
+def make_batch(
+    *, tools: bool = True, old: bool = True, token_advantages: bool = False, extreme: bool = False, nan: bool = False
+) -> Batch:
+    """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score."""
+    g = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    def below_zero(x: Tensor) -> Tensor:
+        return x.clamp(max=-0.01)
+
+    logps = below_zero(-1.2 * normal(B, T).abs())
+    before = below_zero(logps + 0.5 * normal(B, T))
+    ref = below_zero(logps + 0.7 * normal(B, T))
+    rollout = below_zero(before + 0.4 * normal(B, T))
+    entropy = 2 * torch.rand(B, T, generator=g)
+    completion = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).long()
+    holes = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1]]).repeat(B // 2, 1)
+    advantages = torch.tensor([1.3, -0.7, 0.4, -1.9, 2.0, 0.6])
+    if token_advantages:
+        advantages = normal(B, T)
+    if extreme:
+        before[0, 2], before[1, 3], logps[0, 3], logps[1, 1] = -27.0, -25.0, -30.0, -26.0
+        ref[0, 0], ref[1, 0], ref[2, 0], ref[2, 2] = -24.0, -29.0, logps[2, 0] + 5, logps[2, 2] - 13
+        rollout[0, 5], rollout[1, 5] = before[0, 5] - 23, before[1, 5] - 2
+    if nan:
+        rollout[0, 0] = rollout[2, 2] = torch.nan
+    return Batch(
+        logps=logps.double(),
+        entropy=entropy.double(),
+        old=before.double() if old else None,
+        ref=ref.double(),
+        rollout=rollout.double(),
+        completion=completion,
+        tools=holes if tools else torch.ones_like(completion),
+        advantages=advantages.double(),
+    )
+
+
+@dataclass
+class Result:
+    """A loss and its derivatives by log-prob and entropy."""
+
+    loss: Tensor
+    dlogps: Tensor
+    dentropy: Tensor
+
+    @classmethod
+    def of(cls, loss: Tensor, logps: Tensor, entropy: Tensor) -> Result:
+        gradients = torch.autograd.grad(loss, (logps, entropy), allow_unused=True)
+        filled = (torch.zeros_like(logps) if gradient is None else gradient for gradient in gradients)
+        return cls(loss.detach(), *filled)
+
+    def distance(self, other: Result) -> float:
+        """The largest relative error of the three, each against its own largest entry; NaN where only one has it."""
+        errors = []
+        for mine, theirs in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True):
+            mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
+            scale = max(theirs.abs().max().item(), 1e-3)
+            errors.append((mine - theirs).abs().max().item() / scale)
+        return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a peer, and the `LossSpec` that says the same."""
+
+    theirs: Callable[[Batch], Result]
+    spec: dict[str, Any]
+    normalizer: Callable[[Batch], float] | None = None
+    batch: dict[str, Any] = field(default_factory=dict)
+    sampler: bool = False
+    """Whether the sampler's log-probs are given."""
+    rtol: float = 1e-10
+
+    def make_batch(self) -> Batch:
+        return make_batch(**self.batch)
+
+    def loss_spec(self) -> fastrl.LossSpec:
+        options = dict(self.spec)
+        if "rollout" in options:
+            options["rollout"] = fastrl.RolloutCorrection(**options["rollout"])
+        return fastrl.LossSpec(**options)
+
+    def ours(self, batch: Batch, engine: tuple[str, str] = ("torch", "cpu"), spec: fastrl.LossSpec | None = None):
+        """fastrl's result, in float64 on the torch backend and float32 on Triton, with garbage under the mask."""
+        backend, device = engine
+        spec = self.loss_spec() if spec is None else spec
+        dtype = torch.float64 if backend == "torch" else torch.float32
+        valid = batch.mask.bool()
+
+        def put(x: Tensor, garbage: float) -> Tensor:
+            x = torch.where(valid, x, garbage) if x.ndim == 2 else x
+            return x.to(dtype).to(device)
+
+        logps, entropy = (put(x, torch.nan).requires_grad_() for x in (batch.logps, batch.entropy))
+        ids = torch.arange(B * T).view(B, T).masked_fill(~valid, -100)
+        rollouts = fastrl.Rollouts(
+            ids.to(device),
+            valid.to(device),
+            put(batch.advantages, torch.inf),
+            old_logps=None if batch.old is None else put(batch.old, torch.nan),
+            ref_logps=put(batch.ref, -torch.inf) if spec.kl_coef else None,
+            rollout_logps=put(batch.rollout, 1e30) if self.sampler else None,
+        )
+        divisor = None if self.normalizer is None else self.normalizer(batch)
+        out = fastrl.policy_loss(logps, rollouts, spec, entropy=entropy, normalizer=divisor, backend=backend)
+        return Result.of(out.loss, logps, entropy)
