@@ -49,9 +49,16 @@ class Batch:
 
 
 def make_batch(
-    *, tools: bool = True, old: bool = True, token_advantages: bool = False, extreme: bool = False, nan: bool = False
+    *,
+    tools: bool = True,
+    old: bool = True,
+    empty: bool = True,
+    token_advantages: bool = False,
+    extreme: bool = False,
+    nan: bool = False,
 ) -> Batch:
-    """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score."""
+    """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score.
+    `empty`: whether the last completion is."""
     g = torch.Generator().manual_seed(7)
 
     def normal(*shape: int) -> Tensor:
@@ -66,6 +73,8 @@ def make_batch(
     rollout = below_zero(before + 0.4 * normal(B, T))
     entropy = 2 * torch.rand(B, T, generator=g)
     completion = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).long()
+    if not empty:
+        completion[-1, :2] = 1
     holes = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1]]).repeat(B // 2, 1)
     advantages = torch.tensor([1.3, -0.7, 0.4, -1.9, 2.0, 0.6])
     if token_advantages:
