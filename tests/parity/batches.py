@@ -147,22 +147,32 @@ class Case:
         backend, device = engine
         spec = self.loss_spec() if spec is None else spec
         dtype = torch.float64 if backend == "torch" else torch.float32
+        logps, entropy = (
+            torch.where(batch.mask.bool(), x, torch.nan).to(device, dtype).requires_grad_()
+            for x in (batch.logps, batch.entropy)
+        )
+        out = fastrl.policy_loss(
+            logps,
+            self.rollouts(batch, spec, dtype, torch.arange(B * T).view(B, T)).to(device),
+            spec,
+            entropy=entropy,
+            normalizer=None if self.normalizer is None else self.normalizer(batch),
+            backend=backend,
+        )
+        return Result.of(out.loss, logps, entropy)
+
+    def rollouts(self, batch: Batch, spec: fastrl.LossSpec, dtype: torch.dtype, ids: Tensor) -> fastrl.Rollouts:
+        """The batch with garbage under the mask, and without what this case does not use."""
         valid = batch.mask.bool()
 
         def put(x: Tensor, garbage: float) -> Tensor:
-            x = torch.where(valid, x, garbage) if x.ndim == 2 else x
-            return x.to(dtype).to(device)
+            return (torch.where(valid, x, garbage) if x.ndim == 2 else x).to(dtype)
 
-        logps, entropy = (put(x, torch.nan).requires_grad_() for x in (batch.logps, batch.entropy))
-        ids = torch.arange(B * T).view(B, T).masked_fill(~valid, -100)
-        rollouts = fastrl.Rollouts(
-            ids.to(device),
-            valid.to(device),
+        return fastrl.Rollouts(
+            ids.masked_fill(~valid, -100),
+            valid,
             put(batch.advantages, torch.inf),
             old_logps=None if batch.old is None else put(batch.old, torch.nan),
             ref_logps=put(batch.ref, -torch.inf) if spec.kl_coef else None,
             rollout_logps=put(batch.rollout, 1e30) if self.sampler else None,
         )
-        divisor = None if self.normalizer is None else self.normalizer(batch)
-        out = fastrl.policy_loss(logps, rollouts, spec, entropy=entropy, normalizer=divisor, backend=backend)
-        return Result.of(out.loss, logps, entropy)

@@ -8,7 +8,7 @@ from common import BACKENDS
 pytest.importorskip("trl", reason="needs trl 1.16")
 pytest.importorskip("datasets", reason="needs datasets")
 
-from parity.trl_cases import CASES  # noqa: E402
+from parity.trl_cases import CASES
 
 
 @pytest.mark.parametrize("engine", BACKENDS)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from parity.batches import B, LENGTHS, Batch, Case, Result, T
+from parity.batches import LENGTHS, B, Batch, Case, Result, T
 from torch import Tensor
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from parity import peers
 from parity.batches import B, Batch, Case, Result, T
 
@@ -27,15 +26,26 @@ class _Data(dict):
 def config(**options: Any):
     """An ActorConfig; names of PolicyLossConfig go there."""
     verl = peers.verl().config
-    of_policy = {name: options.pop(name) for name in list(options) if name in verl.PolicyLossConfig.__dataclass_fields__}
+    of_policy = {
+        name: options.pop(name) for name in list(options) if name in verl.PolicyLossConfig.__dataclass_fields__
+    }
     policy = verl.PolicyLossConfig(**of_policy)
     return verl.ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy, global_batch_info={}, **options
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=policy,
+        global_batch_info={},
+        **options,
     )
 
 
 def verl_loss(
-    mode: str, *, correction: dict[str, Any] | None = None, counts: Callable[[Batch], dict] | None = None, **options: Any
+    mode: str,
+    *,
+    correction: dict[str, Any] | None = None,
+    counts: Callable[[Batch], dict] | None = None,
+    **options: Any,
 ) -> Callable[[Batch], Result]:
     """`ppo_loss` of this mode; `correction` runs verl's rollout correction on the batch first (decoupled mode)."""
 
@@ -270,7 +280,10 @@ CORRECTIONS["truncate-normalize-reject"] = (
 for name, (theirs, ours) in CORRECTIONS.items():
     noisy = "normal" in name
     CASES[f"rollout-{name}"] = Case(
-        verl_loss("vanilla", correction=theirs), {**VANILLA, "rollout": ours}, sampler=True, rtol=EPS if noisy else 1e-10
+        verl_loss("vanilla", correction=theirs),
+        {**VANILLA, "rollout": ours},
+        sampler=True,
+        rtol=EPS if noisy else 1e-10,
     )
 # The correction with everything else that reads the mask: penalties, lengths, other objectives.
 _token, _reject = CORRECTIONS["token-icepop"], CORRECTIONS["reject-token_k1"]
@@ -317,8 +330,12 @@ CASES |= {
         sampler=True,
         rtol=EPS,
     ),
-    "rollout-cispo": Case(verl_loss("cispo", correction=_token[0]), {"objective": "cispo", "rollout": _token[1]}, sampler=True),
-    "rollout-gpg": Case(verl_loss("gpg", correction=_token[0]), {"objective": "reinforce", "rollout": _token[1]}, sampler=True),
+    "rollout-cispo": Case(
+        verl_loss("cispo", correction=_token[0]), {"objective": "cispo", "rollout": _token[1]}, sampler=True
+    ),
+    "rollout-gpg": Case(
+        verl_loss("gpg", correction=_token[0]), {"objective": "reinforce", "rollout": _token[1]}, sampler=True
+    ),
     "rollout-dro": Case(
         verl_loss("dro", correction=_token[0], dro_beta=0.7),
         {"objective": "dro", "dro_beta": 0.7, "log_ratio_clamp": None, "rollout": _token[1]},
