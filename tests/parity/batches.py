@@ -13,6 +13,7 @@ from torch import Tensor
 import fastrl
 
 B, T = 6, 8
+SEED = 591
 LENGTHS = (8, 6, 5, 3, 1, 0)  # the last completion is empty
 
 
@@ -59,7 +60,7 @@ def make_batch(
 ) -> Batch:
     """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score.
     `empty`: whether the last completion is."""
-    g = torch.Generator().manual_seed(7)
+    g = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
@@ -84,7 +85,7 @@ def make_batch(
         ref[0, 0], ref[1, 0], ref[2, 0], ref[2, 2] = -24.0, -29.0, logps[2, 0] + 5, logps[2, 2] - 13
         rollout[0, 5], rollout[1, 5] = before[0, 5] - 23, before[1, 5] - 2
     if nan:
-        rollout[0, 0] = rollout[2, 2] = torch.nan
+        rollout[0, 0] = rollout[1, 1] = torch.nan
     return Batch(
         logps=logps.double(),
         entropy=entropy.double(),
