@@ -52,14 +52,14 @@ class Batch:
 def make_batch(
     *,
     tools: bool = True,
-    old: bool = True,
+    old: bool | str = True,
     empty: bool = True,
     token_advantages: bool = False,
     extreme: bool = False,
     nan: bool = False,
 ) -> Batch:
     """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score.
-    `empty`: whether the last completion is."""
+    `empty`: whether the last completion is. `old`: "policy" = the log-probs themselves."""
     g = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def make_batch(
     return Batch(
         logps=logps.double(),
         entropy=entropy.double(),
-        old=before.double() if old else None,
+        old=(logps if old == "policy" else before).double() if old else None,
         ref=ref.double(),
         rollout=rollout.double(),
         completion=completion,

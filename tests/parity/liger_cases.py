@@ -41,7 +41,11 @@ def liger_loss(*, sampler: float | None = None, temperature: float = 1.0, **opti
         # Its last position is ignored.
         leaf = torch.nn.functional.pad(logits(batch, temperature, torch.float32), (0, 0, 0, 1)).to(device)
         leaf.requires_grad_()
-        ratio = None if sampler is None else (batch.old - batch.rollout).exp().clamp(max=sampler).float().to(device)
+        ratio = (
+            None
+            if sampler is None
+            else ((batch.old - batch.rollout) * batch.mask).exp().clamp(max=sampler).float().to(device)
+        )
         tensors = (None if batch.old is None else batch.old, batch.ref, token_ids(), batch.advantages, batch.mask)
         old, ref, ids, advantages, mask = (
             None if x is None else x.float().to(device) if x.is_floating_point() else x.to(device) for x in tensors
@@ -108,7 +112,7 @@ for loss_type, (spec, normalizer) in LOSS_TYPES.items():
     if loss_type == "luspo":  # not TRL's: see test_liger.py
         continue
     unclipped = loss_type in ("cispo", "sapo", "vespo")
-    given = {"cispo": {"eps_high": 1.3}}.get(loss_type, {})
+    given = {"cispo": {"eps_high": 1.3}, "sapo": {"sapo_temperature_neg": 1.25}}.get(loss_type, {})
     if normalizer is not None and loss_type in ("dapo", "cispo", "vespo"):
         given = {**given, "num_items_in_batch": 29.0}
     for option, (theirs, ours, batch) in OPTIONS.items():

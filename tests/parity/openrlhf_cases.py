@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,11 @@ CASES: dict[str, Case] = {
 }
 # A gate by another statistic than the weight: survivors keep their own weight, and the dropped stay in the denominator.
 for name, gate, reject in (
-    ("seq-ratio", _gate("seq", "ratio", 0.9, 1.2), {"reject": "k1", "reject_lower": 1 / 1.2, "reject_upper": 1 / 0.9}),
+    (
+        "seq-ratio",
+        _gate("seq", "ratio", 0.9, 1.2),
+        {"reject": "k1", "reject_lower": -math.log(1.2), "reject_upper": -math.log(0.9)},
+    ),
     ("token-tv", _gate("token", "tv", 0.0, 0.1), {"reject": "tv", "reject_upper": 0.1}),
     ("seq-tv", _gate("seq", "tv", 0.0, 0.12), {"reject": "tv", "reject_upper": 0.12}),
     ("token-binary-kl", _gate("token", "binary_kl", 0.0, 0.05), {"reject": "binary_kl", "reject_upper": 0.05}),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 from common import BACKENDS
 
 pytest.importorskip("trl", reason="needs trl 1.16")
 pytest.importorskip("datasets", reason="needs datasets")
 
-from parity.trl_cases import CASES
+from parity.trl_cases import CASES, trl_loss
+
+import fastrl
 
 
 @pytest.mark.parametrize("engine", BACKENDS)
@@ -18,3 +23,43 @@ def test_loss(name, engine):
     batch = case.make_batch()
     distance = case.ours(batch, engine).distance(case.theirs(batch))
     assert distance <= (case.rtol if engine[0] == "torch" else 2e-5), f"{distance:.3g}"
+
+
+@pytest.mark.parametrize("name", ["rloo", "gmpo-plain"])
+def test_an_empty_completion_differs(name):
+    """TRL takes its ratio as exp(0) = 1, and adds −A/B to the loss, a constant; with us it is not there."""
+    case = CASES[name]
+    batch = dataclasses.replace(case, batch={}).make_batch()
+    ours, theirs = case.ours(batch), case.theirs(batch)
+    shift = -batch.advantages[-1] / len(batch.advantages)
+    assert not batch.mask[-1].any() and shift
+    theirs.loss -= shift
+    assert ours.distance(theirs) <= case.rtol
+
+
+def test_entropy_mask_of_gmpo_differs():
+    """TRL takes the geometric mean over the tokens of high entropy; we refuse, since the loss is one per sequence."""
+    batch = CASES["gmpo-plain"].make_batch()
+    plain, masked = (trl_loss("GMPO", top_entropy_quantile=q)(batch) for q in (1.0, 0.4))
+    assert masked.distance(plain) > 0.1
+    with pytest.raises(ValueError, match="^top_entropy_quantile: "):
+        fastrl.LossSpec(objective="gmpo", ratio_level="sequence", top_entropy_quantile=0.4)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+def test_entropy_bonus_differs(loss_type):
+    """TRL's is the mean over the micro-batch's tokens for every loss type; ours shares the loss's token weights, and so
+    is TRL's only where those are 1/tokens ("bnpo", in CASES). Without it the two losses agree, and its number is that
+    mean."""
+    case, coef = CASES[f"{loss_type}-plain"], 0.2
+    epsilon = {"epsilon_high": 1.3} if loss_type == "cispo" else {}
+    batch = case.make_batch()
+    theirs = trl_loss(loss_type=loss_type, entropy_coef=coef, **epsilon)(batch)
+    ours = case.ours(batch)
+    bonus = coef * batch.mask / batch.tokens
+    torch.testing.assert_close(theirs.dentropy, -bonus, rtol=1e-12, atol=0)
+    theirs.loss += (bonus * batch.entropy).sum()
+    theirs.dentropy += bonus
+    assert ours.distance(theirs) <= case.rtol
+    weighted = case.ours(batch, spec=case.loss_spec().replace(entropy_coef=coef))
+    assert (weighted.dentropy + bonus).abs().max() > 1e-3

@@ -76,6 +76,13 @@ _ATTRIBUTES = {  # of the trainer, read from its arguments once; everything else
     "current_gradient_accumulation_steps": 1,
 }
 
+_ARGUMENTS = {
+    "delta": None,
+    "use_bias_correction_kl": False,
+    "steps_per_generation": 1,
+    "sapo_temperature_neg": 1.25,  # its default 1.05 becomes a float32 on the way
+}
+
 
 def configured(kind: str, options: dict[str, Any]):
     """The shared trainer with these options and every other at its default."""
@@ -83,8 +90,7 @@ def configured(kind: str, options: dict[str, Any]):
     it.model.train()
     for name, default in _ATTRIBUTES.items():
         setattr(it, name, options.get(name, default))
-    for name in ("delta", "use_bias_correction_kl", "steps_per_generation"):
-        default = {"delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1}[name]
+    for name, default in _ARGUMENTS.items():
         setattr(it.args, name, options.get(name, default))
     it._entropy_bonus_enabled = it.entropy_coef != 0
     it.ref_model = it.model
@@ -150,8 +156,11 @@ LOSS_TYPES: dict[str, tuple[dict[str, Any], Callable[[Batch], float] | None]] = 
     "dapo": ({}, _items),
     "luspo": ({"aggregation": "seq-mean-token-sum"}, _sequences),
     "cispo": ({"objective": "cispo", "epsilon_low": None, "epsilon_high": 0.3}, _items),
-    "sapo": ({"objective": "sapo", "aggregation": "seq-mean-token-mean"}, _sequences),
-    "vespo": ({"objective": "vespo"}, _items),
+    "sapo": (
+        {"objective": "sapo", "aggregation": "seq-mean-token-mean", "sapo_temperature_negative": 1.25},
+        _sequences,
+    ),
+    "vespo": ({"objective": "vespo", "log_ratio_clamp": 20.0}, _items),
 }
 _SEQUENCE = {"importance_sampling_level": "sequence"}, {"ratio_level": "sequence"}
 _KL = {"beta": 0.3}, {"kl_coef": 0.3}
@@ -227,7 +236,7 @@ CASES |= {
     "extreme": Case(trl_loss(loss_type="bnpo"), {"log_ratio_clamp": None}, batch={"extreme": True}),
     "vespo-extreme": Case(
         trl_loss(loss_type="vespo"),
-        {"objective": "vespo", "log_ratio_clamp": None},
+        {"objective": "vespo", "log_ratio_clamp": 20.0},
         normalizer=_items,
         batch={"extreme": True},
     ),
@@ -254,13 +263,12 @@ CASES |= {
         batch={"empty": False},
     ),
 }
-_GMPO = {"objective": "gmpo", "aggregation": "seq-mean-token-mean", "log_ratio_clamp": None}
+_GMPO = {"objective": "gmpo", "ratio_level": "sequence", "aggregation": "seq-mean-token-mean", "log_ratio_clamp": None}
 for option, (theirs, ours) in {
     "plain": ({}, {}),
     "on-policy": ({}, {}),
     "kl": _KL,
-    "entropy-mask": _ENTROPY_MASK,
     "asymmetric": ({"epsilon_low": 0.1, "epsilon_high": 0.4}, {"epsilon_low": 0.1, "epsilon_high": 0.4}),
 }.items():
-    batch = {"old": False} if option == "on-policy" else {}
+    batch = {"old": option != "on-policy", "empty": False}
     CASES[f"gmpo-{option}"] = Case(trl_loss("GMPO", **theirs), {**_GMPO, **ours}, normalizer=_sequences, batch=batch)

@@ -3,6 +3,7 @@ correction, and the `LossSpec` of each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,7 @@ CASES |= {
         verl_loss("geo_mean", clip_ratio_low=0.15, clip_ratio_high=0.25),
         {
             "objective": "gmpo",
+            "ratio_level": "sequence",
             "epsilon_low": 0.15,
             "epsilon_high": 0.25,
             "aggregation": "seq-mean-token-mean",
@@ -188,6 +190,7 @@ CASES |= {
         verl_loss("clip_cov", clip_cov_lb=0.1, clip_cov_ub=3.0, clip_cov_ratio=0.9),
         {
             "objective": "clip_cov",
+            "seed": 0,
             "clip_cov_fraction": 0.9,
             "clip_cov_low": 0.1,
             "clip_cov_high": 3.0,
@@ -248,7 +251,8 @@ _BOUNDS = {
 }
 for level, bounds in _BOUNDS.items():
     for statistic, bound in bounds.items():
-        low, high = map(float, bound.split("_")) if statistic == "k1" else (None, bound)
+        # verl gives the bounds of k1 as ratios
+        low, high = (math.log(float(x)) for x in bound.split("_")) if statistic == "k1" else (None, bound)
         CORRECTIONS[f"reject-{level}_{statistic}"] = (
             {"rollout_rs": f"{level}_{statistic}", "rollout_rs_threshold": bound},
             {
@@ -341,6 +345,19 @@ CASES |= {
         {"objective": "dro", "dro_beta": 0.7, "log_ratio_clamp": None, "rollout": _token[1]},
         sampler=True,
     ),
+    "rollout-geo_mean": Case(
+        verl_loss("geo_mean", correction={"rollout_is": "token", "rollout_is_threshold": 1e6}),
+        {
+            "objective": "gmpo",
+            "ratio_level": "sequence",
+            "aggregation": "seq-mean-token-mean",
+            "log_ratio_clamp": None,
+            "rollout": {"level": "geometric"},
+        },
+        normalizer=lambda _: B,
+        sampler=True,
+        rtol=EPS,
+    ),
     "bypass-reinforce": Case(
         verl_loss("bypass_mode", rollout_correction={"loss_type": "reinforce", **_token[0]}),
         {"objective": "reinforce", "rollout": _token[1]},
@@ -350,7 +367,7 @@ CASES |= {
     "bypass-reinforce-reject": Case(
         verl_loss("bypass_mode", rollout_correction={"loss_type": "reinforce", **_reject[0]}),
         {"objective": "reinforce", "rollout": _reject[1]},
-        batch={"old": False},
+        batch={"old": "policy"},
         sampler=True,
     ),
 }
