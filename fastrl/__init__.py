@@ -14,7 +14,30 @@ from fastrl.functional import (
 from fastrl.head import LMHead
 from fastrl.metrics import Metrics
 from fastrl.nn import PolicyLoss
-from fastrl.presets import BNPO, DAPO, DR_GRPO, GRPO, GSPO, PPO
+from fastrl.presets import (
+    BNPO,
+    CISPO,
+    CLIP_COV,
+    DAPO,
+    DPPO_KL,
+    DPPO_TV,
+    DR_GRPO,
+    DRO,
+    GMPO,
+    GPG,
+    GRPO,
+    GSPO,
+    GSPO_TOKEN,
+    KL_COV,
+    LUSPO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    SAPO,
+    TOPR,
+    VESPO,
+)
+from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rollouts import Rollouts, shift_for_next_token
 from fastrl.spec import LossSpec
 
@@ -22,16 +45,32 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BNPO",
+    "CISPO",
+    "CLIP_COV",
     "DAPO",
+    "DPPO_KL",
+    "DPPO_TV",
+    "DRO",
     "DR_GRPO",
+    "GMPO",
+    "GPG",
     "GRPO",
     "GSPO",
+    "GSPO_TOKEN",
+    "KL_COV",
+    "LUSPO",
     "PPO",
+    "REINFORCE",
+    "RLOO",
+    "SAPO",
+    "TOPR",
+    "VESPO",
     "LMHead",
     "LossOutput",
     "LossSpec",
     "Metrics",
     "PolicyLoss",
+    "RolloutCorrection",
     "Rollouts",
     "TokenLogprobs",
     "group_advantages",

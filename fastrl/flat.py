@@ -23,10 +23,12 @@ class Flat(NamedTuple):
     old_logps: Tensor | None  # (N,)
     ref_logps: Tensor | None  # (N,)
     rollout_logps: Tensor | None  # (N,)
+    policy_weights: Tensor | None  # (N,) detached factors of the policy term: given, or from `correction.py`
+    selected: Tensor | None  # (N,) 0 or 1, from `selection.py`
     sequence_ids: Tensor | None  # (N,) int32, packed only
     cu_seqlens: Tensor | None  # (S + 1,) int64, packed only
     lengths: Tensor  # (S,) fp32, valid tokens of each sequence
-    counts: Tensor  # (2,) fp32: valid tokens, sequences with a valid token
+    counts: Tensor  # (3,) fp32: valid tokens, sequences with a valid token, tokens excluded by a rollout correction
     width: int  # T of a padded batch, 0 when packed
     group_size: int  # 0 when not given
     first_sequence: int  # place of sequence 0 within `rewards`
@@ -62,6 +64,18 @@ class Flat(NamedTuple):
     def per_token(self, per_sequence: Tensor) -> Tensor:
         """(S,) -> (N,): each token takes its sequence's value."""
         return per_sequence[self.sequence_of_token()]
+
+
+def segment_total(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """(n,) -> (n,): the sum over its segment at each value, in float64: one after the other, forward here and backward
+    in the gather, 65,536 terms would cost fp32 four digits."""
+    return segment_sum(values.double(), segment, num_segments)[segment]
+
+
+def segment_max(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """(n,) -> (n,): the maximum of its segment at each value."""
+    most = values.new_full((num_segments,), -torch.inf).scatter_reduce(0, segment, values, "amax")
+    return most[segment]
 
 
 def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrl import _checks, autograd, inputs
 from fastrl import backend as backends
+from fastrl.flat import Flat
 from fastrl.head import LMHead
 from fastrl.metrics import Metrics, metric_names
 from fastrl.presets import GRPO
@@ -129,8 +130,9 @@ def policy_loss(
         inputs.aligned("entropy", entropy, rollouts)
     grad = torch.is_grad_enabled() and (logps.requires_grad or (entropy is not None and entropy.requires_grad))
     dtype = wide(logps.dtype)
+    flat = inputs.flat(rollouts, spec, dtype)
     params = autograd.LossParams(
-        flat=inputs.flat(rollouts, dtype),
+        flat=flat,
         normalizer=inputs.normalizer(normalizer, spec, logps),
         spec=spec,
         backend=backends.of(logps, backend),
@@ -140,7 +142,8 @@ def policy_loss(
     entropy_rows = None if entropy is None else entropy.reshape(-1).to(dtype)
     loss, statistics = autograd.TokenLoss.apply(rows, entropy_rows, params)
     measured = None if entropy is None else entropy.detach()
-    return LossOutput(loss, _metrics(statistics, rollouts, spec, entropy is not None), logps.detach(), measured)
+    metrics = _metrics(statistics, rollouts, flat, spec, entropy is not None)
+    return LossOutput(loss, metrics, logps.detach(), measured)
 
 
 def policy_loss_from_logits(
@@ -168,7 +171,7 @@ def policy_loss_from_logits(
     grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and grad:
         inputs.check_inplace(logits)
-    flat = inputs.flat(rollouts, wide(logits.dtype))
+    flat = inputs.flat(rollouts, spec, wide(logits.dtype))
     params = autograd.LossParams(
         flat=flat,
         normalizer=inputs.normalizer(normalizer, spec, logits),
@@ -179,7 +182,7 @@ def policy_loss_from_logits(
         inplace=inplace,
     )
     loss, statistics, scores = autograd.LogitsLoss.apply(logits, params)
-    return _output(loss, statistics, scores, rollouts, spec)
+    return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
 def policy_loss_from_hidden(
@@ -209,7 +212,7 @@ def policy_loss_from_hidden(
     hidden, weight, bias = inputs.check_hidden(hidden, head, rollouts.token_ids)
     inputs.check_spec(spec, rollouts, has_entropy=True)
     wants = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    flat = inputs.flat(rollouts, wide(hidden.dtype))
+    flat = inputs.flat(rollouts, spec, wide(hidden.dtype))
     params = autograd.LossParams(
         flat=flat,
         normalizer=inputs.normalizer(normalizer, spec, hidden),
@@ -221,14 +224,22 @@ def policy_loss_from_hidden(
         row_counts=rollouts.row_counts,
     )
     loss, statistics, scores = autograd.HiddenLoss.apply(hidden, weight, bias, params)
-    return _output(loss, statistics, scores, rollouts, spec)
+    return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
-def _metrics(statistics: Tensor, rollouts: Rollouts, spec: LossSpec, entropy: bool) -> Metrics:
-    ref, rollout = rollouts.ref_logps is not None, rollouts.rollout_logps is not None
-    return Metrics(statistics, rollouts.flat.counts, metric_names(spec, entropy=entropy, ref=ref, rollout=rollout))
+def _metrics(statistics: Tensor, rollouts: Rollouts, flat: Flat, spec: LossSpec, entropy: bool) -> Metrics:
+    names = metric_names(
+        spec,
+        entropy=entropy,
+        ref=rollouts.ref_logps is not None,
+        rollout=rollouts.rollout_logps is not None,
+        weights=rollouts.rollout_weights is not None,
+    )
+    return Metrics(statistics, flat.counts, names)
 
 
-def _output(loss: Tensor, statistics: Tensor, scores: Tensor, rollouts: Rollouts, spec: LossSpec) -> LossOutput:
+def _output(
+    loss: Tensor, statistics: Tensor, scores: Tensor, rollouts: Rollouts, flat: Flat, spec: LossSpec
+) -> LossOutput:
     logps, entropy = scores[0].view(rollouts.shape), scores[1].view(rollouts.shape)
-    return LossOutput(loss, _metrics(statistics, rollouts, spec, entropy=True), logps, entropy)
+    return LossOutput(loss, _metrics(statistics, rollouts, flat, spec, entropy=True), logps, entropy)

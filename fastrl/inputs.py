@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks
+from fastrl.correction import correct_batch
 from fastrl.flat import Flat
 from fastrl.head import LMHead
 from fastrl.reference import wide
@@ -32,11 +33,30 @@ def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
     if spec.entropy_coef and not has_entropy:
         remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set entropy_coef=0"
         _checks.refuse("entropy", f"entropies, as entropy_coef is {spec.entropy_coef}", "None", remedy)
+    if spec.top_entropy_quantile < 1 and not has_entropy:
+        remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set top_entropy_quantile=1"
+        expected = f"entropies, as top_entropy_quantile is {spec.top_entropy_quantile}"
+        _checks.refuse("entropy", expected, "None", remedy)
+    if spec.rollout is not None:
+        _check_rollout(spec, rollouts)
 
 
-def flat(rollouts: Rollouts, dtype: torch.dtype) -> Flat:
-    """The flat rows, in fp32 unless the loss itself is computed in fp64."""
-    flat = rollouts.flat
+def _check_rollout(spec: LossSpec, rollouts: Rollouts) -> None:
+    if rollouts.rollout_weights is not None:
+        remedy = "set rollout=None in the spec, or pass rollout_logps alone"
+        _checks.refuse("rollout_weights", "None with a spec that computes them", rollouts.rollout_weights, remedy)
+    if rollouts.rollout_logps is None:
+        remedy = "pass Rollouts(..., rollout_logps=...), what the sampler reported, or set rollout=None in the spec"
+        _checks.refuse("rollout_logps", "the sampler's log-probs, as the spec corrects for them", "None", remedy)
+    if spec.rollout.by_batch and rollouts.old_logps is None:
+        remedy = "pass old_logps, e.g. from logprobs_from_logits under no_grad"
+        expected = "log-probs, as normalize, second_moment and rejected_in_denominator=False need them before the loss"
+        _checks.refuse("old_logps", expected, "None", remedy)
+
+
+def flat(rollouts: Rollouts, spec: LossSpec, dtype: torch.dtype) -> Flat:
+    """The flat rows after the corrections of the whole batch, in fp32 unless the loss itself is computed in fp64."""
+    flat = correct_batch(rollouts.flat, spec)
     if dtype == torch.float64:
         return flat
     narrow: dict[str, Any] = {

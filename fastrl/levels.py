@@ -81,13 +81,12 @@ class _Rows(NamedTuple):
         given, or when every row counts and can carry a gradient.
         """
         valid = flat.valid()
-        zero_means_dead = not spec.is_custom and not spec.kl_coef and not spec.entropy_coef
-        live = valid & (advantages != 0) if zero_means_dead else valid
+        live = valid & (advantages != 0) if spec.vanishes else valid
         sequence = flat.sequence_of_token()
         if by_sequence:
             live_sequences = segment_sum(live.float(), sequence, flat.num_sequences) > 0
             live = valid & live_sequences[sequence]
-        elif flat.mask is None and not zero_means_dead and not row_counts:
+        elif flat.mask is None and not spec.vanishes and not row_counts:
             rows = torch.arange(flat.num_tokens, device=valid.device)
             return cls(rows, flat.num_tokens, flat.num_tokens, [])
         key = 2 - valid.int() - live.int()
@@ -261,12 +260,13 @@ def hidden_loss(
     dlogp = torch.zeros_like(scores.logp)
     dentropy = torch.zeros_like(dlogp) if spec.entropy_coef else None
 
-    if longest > limit and grad_count:
+    if (longest > limit or kind == PlanKind.BATCH) and grad_count:
         rows = rows._replace(ends=[])
         for chunk in rows.chunks(0, rows.total, limit):
             backend.score(project.logits(chunk), scoring.at(chunk), scores)
-        everything = torch.arange(flat.num_tokens, device=hidden.device)
-        backend.coefficients(scores, scaled, everything, spec, dlogp, dentropy)
+        _, _, dlogp, dentropy = backend.token_loss(*scores[:2], flat, normalizer, spec, grad=True)
+        if scale is not None:
+            dlogp, dentropy = dlogp * scale, None if dentropy is None else dentropy * scale
         for chunk in rows.chunks(0, grad_count, limit):
             logits = project.logits(chunk)
             backend.differentiate(logits, scoring.at(chunk), scores, dlogp, dentropy, logits)

@@ -12,8 +12,8 @@ from fastrl.spec import LossSpec
 # Columns of the statistics vector that step B returns, in the order its kernel writes them. All are sums over valid
 # tokens, except the last two.
 STATISTICS = (
-    "clip_low",  # tokens with r < 1 − ε₋ and A < 0
-    "clip_high",  # tokens with r > 1 + ε₊ and A > 0
+    "clip_low",  # tokens clipped at the lower bound, with A < 0: for a ratio r < 1 − ε₋
+    "clip_high",  # tokens clipped at the upper bound, with A > 0: for a ratio r > 1 + ε₊
     "dual_clip",  # tokens whose loss the dual clip replaced
     "clamped",  # tokens whose log-ratio, or k3 exponent, was held at ±log_ratio_clamp
     "ratio",
@@ -22,7 +22,10 @@ STATISTICS = (
     "approx_kl_k3",  # k3 of logp − old
     "ref_kl",  # the spec's estimator against the reference
     "entropy",
-    "rollout_weight",  # exp(old − rollout), 1 where the sampler reported NaN
+    "rollout_weight",  # the rollout weight as applied, or exp(old − rollout); 1 where the sampler reported NaN
+    "rollout_weight_square",
+    "rollout_ratio_square",  # exp(old − rollout)² of the token
+    "rejected",  # tokens whose policy term the rollout correction or the off-policy mask dropped
     "ratio_min",
     "ratio_max",
 )
@@ -39,26 +42,34 @@ _MEANS = {  # metric: the column that it is the mean over tokens of
     "entropy": "entropy",
     "rollout_weight_mean": "rollout_weight",
 }
+_SAMPLE_SIZES = {  # metric: the columns of Σ and Σ of squares
+    "effective_sample_size": ("ratio", "ratio_square"),
+    "rollout_effective_sample_size": ("rollout_weight", "rollout_weight_square"),
+}
 _EXTREMES = {"ratio_min": torch.minimum, "ratio_max": torch.maximum}
 
 
 class Metrics(Mapping[str, Tensor]):
     """Named metrics of a batch: a read-only mapping from name to a 0-d float32 tensor.
 
-    clip_fraction (and _low: r < 1−ε₋ with A < 0; _high: r > 1+ε₊ with A > 0), dual_clip_fraction, clamped_fraction:
-    fractions of valid tokens. ratio_mean, ratio_min, ratio_max, effective_sample_size = (Σr)²/Σr² in tokens.
-    approx_kl = mean(old − logp), approx_kl_k3: nats, old policy against new. ref_kl, entropy: nats per token.
-    rollout_weight_mean: mean of exp(old − rollout). tokens, sequences: counts.
-    A sequence-level ratio counts once per token. With no valid token every value is 0.
+    clip_fraction (and _low: r < 1−ε₋ with A < 0; _high: r > 1+ε₊ with A > 0; gmpo by the token's log-ratio, dppo by its
+    own bounds), dual_clip_fraction, clamped_fraction: fractions of valid tokens. ratio_mean, ratio_min, ratio_max,
+    effective_sample_size = (Σr)²/Σr² in tokens. approx_kl = mean(old − logp), approx_kl_k3: nats, old policy against
+    new. ref_kl (the KL as the loss adds it), entropy: nats per token. rollout_weight_mean: mean of the rollout
+    weights as applied, of exp(old − rollout) without a correction; rollout_effective_sample_size = (Σv)²/Σv² of them,
+    in tokens; rollout_chi2 = mean(exp(old − rollout)²) − 1, per token; rollout_rejected_fraction: tokens that the
+    correction or the off-policy mask dropped. tokens, sequences: counts. A sequence-level ratio counts once per
+    token. With no valid token every value is 0.
 
     Names without an input are absent: ref_kl without ref_logps, entropy without entropies, dual_clip_fraction without
-    dual_clip, rollout_weight_mean without rollout_logps, clip fractions with a custom objective.
+    dual_clip, the rollout ones without rollout_logps or rollout_weights, clip fractions with an objective that does not
+    clip.
     Nothing is computed, and nothing waits for the device, before a value is read.
     """
 
     def __init__(self, statistics: Tensor, counts: Tensor, names: tuple[str, ...]) -> None:
         self._statistics = statistics  # (len(STATISTICS),)
-        self._counts = counts  # (2,): tokens, sequences
+        self._counts = counts  # (3,): tokens, sequences, tokens excluded by a rollout correction
         self._names = names
 
     def __iter__(self) -> Iterator[str]:
@@ -79,16 +90,20 @@ class Metrics(Mapping[str, Tensor]):
         return self._statistics[STATISTICS.index(column)]
 
     def _value(self, name: str) -> Tensor:
-        tokens, sequences = self._counts
+        tokens, sequences, excluded = self._counts
         if name in (TOKENS, SEQUENCES):
             return tokens if name == TOKENS else sequences
         if name in _EXTREMES:
             return torch.where(tokens > 0, self._column(name), 0.0)
         if name == "clip_fraction":
             return (self._column("clip_low") + self._column("clip_high")) / tokens.clamp_min(1)
-        if name == "effective_sample_size":
-            square = self._column("ratio_square")
-            return torch.where(square == 0, 0.0, self._column("ratio") ** 2 / square)
+        if name in _SAMPLE_SIZES:
+            total, square = (self._column(column) for column in _SAMPLE_SIZES[name])
+            return torch.where(square == 0, 0.0, total**2 / square)
+        if name == "rollout_chi2":
+            return torch.where(tokens > 0, self._column("rollout_ratio_square") / tokens.clamp_min(1) - 1, 0.0)
+        if name == "rollout_rejected_fraction":
+            return (self._column("rejected") + excluded) / (tokens + excluded).clamp_min(1)
         return self._column(_MEANS[name]) / tokens.clamp_min(1)
 
     def merge(self, other: Metrics) -> Metrics:
@@ -120,10 +135,10 @@ class Metrics(Mapping[str, Tensor]):
         return dict(zip(self._names, values, strict=True))
 
 
-def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool) -> tuple[str, ...]:
+def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool, weights: bool = False) -> tuple[str, ...]:
     """The metrics that a call with this spec and these inputs reports."""
     absent = set()
-    if spec.is_custom:
+    if spec.definition is None or spec.definition.flags is None:
         absent |= {"clip_fraction", "clip_fraction_low", "clip_fraction_high"}
     if spec.dual_clip is None:
         absent.add("dual_clip_fraction")
@@ -132,6 +147,11 @@ def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool) -> 
     if not entropy:
         absent.add("entropy")
     if not rollout:
-        absent.add("rollout_weight_mean")
-    every = ("clip_fraction", *_MEANS, *_EXTREMES, "effective_sample_size", TOKENS, SEQUENCES)
+        absent.add("rollout_chi2")
+    if not rollout and not weights:
+        absent |= {"rollout_weight_mean", "rollout_effective_sample_size"}
+    if spec.rollout is None and spec.off_policy_threshold is None and not weights:
+        absent.add("rollout_rejected_fraction")
+    means = ("clip_fraction", *_MEANS, *_EXTREMES, *_SAMPLE_SIZES)
+    every = (*means, "rollout_chi2", "rollout_rejected_fraction", TOKENS, SEQUENCES)
     return tuple(name for name in every if name not in absent)

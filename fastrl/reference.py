@@ -6,17 +6,22 @@ kernels. float64 stays float64, everything else is computed in float32. No trito
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl import objectives
+from fastrl import correction, kl
 from fastrl.advantages import token_advantages
+from fastrl.clamping import beyond, clamp_log_ratio, hold
+from fastrl.correction import Behaviour
 from fastrl.flat import Flat
 from fastrl.metrics import STATISTICS
+from fastrl.objectives import Terms, objective
 from fastrl.ratio import log_ratio
 from fastrl.reduction import token_weights
+from fastrl.selection import select
 from fastrl.spec import KLEstimator, LossSpec
 
 
@@ -29,6 +34,8 @@ class TokenInputs(NamedTuple):
     old_logps: Tensor | None  # (n,)
     ref_logps: Tensor | None  # (n,)
     rollout_logps: Tensor | None  # (n,)
+    policy_weights: Tensor | None  # (n,)
+    selected: Tensor | None  # (n,)
     sequence: Tensor  # (n,) int64
     lengths: Tensor  # (S,)
 
@@ -57,6 +64,8 @@ def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: t
         old_logps=cast(flat.old_logps),
         ref_logps=cast(flat.ref_logps),
         rollout_logps=cast(flat.rollout_logps),
+        policy_weights=cast(flat.policy_weights),
+        selected=cast(flat.selected),
         sequence=flat.sequence_of_token(),
         lengths=flat.lengths,
     )
@@ -67,18 +76,96 @@ def _masked(values: Tensor, inputs: TokenInputs) -> Tensor:
     return torch.where(inputs.valid, values, 0.0)
 
 
+def _old(logps: Tensor, inputs: TokenInputs) -> Tensor:
+    """The policy that the ratio is against; the stop-gradient of this one when none was given."""
+    return logps.detach() if inputs.old_logps is None else inputs.old_logps
+
+
+def _behaviour(old: Tensor, inputs: TokenInputs) -> Behaviour:
+    sampled = old if inputs.rollout_logps is None else inputs.rollout_logps
+    return Behaviour(old, sampled, inputs.valid, inputs.sequence, inputs.lengths)
+
+
 def raw_log_ratio(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
-    """The unclamped log-ratio at the spec's level; old = stop-gradient(logp) when none was given."""
-    old = logps.detach() if inputs.old_logps is None else inputs.old_logps
-    return log_ratio(_masked(logps - old, inputs), inputs.sequence, inputs.lengths, spec)
+    """The unclamped log-ratio at the spec's level."""
+    delta = _masked(logps - _old(logps, inputs), inputs)
+    if spec.definition is not None and spec.definition.prepare is not None:
+        delta = _masked(spec.definition.prepare(delta, inputs.advantages, spec), inputs)
+    return log_ratio(delta, inputs.sequence, inputs.lengths, spec)
+
+
+def terms(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Terms:
+    """What the objective sees."""
+    old = _old(logps, inputs)
+    log_weight = _sequence_log_weight(logps, old, inputs, spec) if _folds(spec) else None
+    return Terms(
+        logps=_masked(logps, inputs),
+        log_ratio=clamp_log_ratio(raw_log_ratio(logps, inputs, spec), spec),
+        advantages=inputs.advantages,
+        old_logps=_masked(old, inputs),
+        selected=inputs.selected,
+        sequence_log_weight=log_weight,
+    )
+
+
+def _sequence_log_weight(logps: Tensor, old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+    """(n,) Σ log r + Σ log(rollout weight) of each sequence, every term bounded (TRL 1.16's VESPO)."""
+    b = _behaviour(old, inputs)
+    total = b.total(hold(_masked(logps.detach() - old, inputs), spec.log_ratio_clamp))
+    if spec.rollout is not None and spec.rollout.level is not None:
+        weights = correction.importance_weights(b, spec).log().clamp(math.log(1e-8), 20.0)
+        per_token = spec.rollout.level == "token"
+        total = total + (b.total(_masked(weights, inputs)) if per_token else weights)
+    return total.to(logps.dtype)
+
+
+def _folds(spec: LossSpec) -> bool:
+    """Whether the objective takes the rollout weights in itself, so that only rejections multiply its loss."""
+    return spec.definition is not None and spec.definition.weighs_sequences
+
+
+def rollout_weights(old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
+    """(n,) detached rollout weights, 0 where rejected; None = all 1."""
+    if spec.rollout is None or spec.rollout.by_batch:
+        return inputs.policy_weights
+    return correction.policy_weights(_behaviour(old, inputs), spec)
+
+
+def _kept(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
+    """(n,) bool: tokens that neither the rollout correction nor the off-policy mask rejects; None = all."""
+    old = _old(logps, inputs)
+    weights = rollout_weights(old, inputs, spec)
+    kept = None if weights is None else weights != 0
+    if _folds(spec) and spec.rollout is not None:
+        kept = ~correction.rejected(_behaviour(old, inputs), spec)
+    if spec.off_policy_threshold is None:
+        return kept
+    stays = ~correction.off_policy(logps, inputs.advantages, _behaviour(old, inputs), spec)
+    return stays if kept is None else kept & stays
+
+
+def policy_weights(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
+    """(n,) what multiplies the policy term; None = 1."""
+    kept = _kept(logps, inputs, spec)
+    weights = None if _folds(spec) else rollout_weights(_old(logps, inputs), inputs, spec)
+    if kept is not None:
+        weights = torch.where(kept, torch.ones_like(logps) if weights is None else weights, 0.0)
+    if inputs.selected is None or (spec.definition is not None and spec.definition.reads_selected):
+        return weights
+    return inputs.selected if weights is None else weights * inputs.selected
 
 
 def per_token_loss(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
-    """(n,) losses: ℓ(ratio, A) + kl_coef·KL − entropy_coef·H."""
-    ratio = objectives.clamp_log_ratio(raw_log_ratio(logps, inputs, spec), spec)
-    loss = objectives.objective(ratio, inputs.advantages, spec)
+    """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL − entropy_coef·H."""
+    t = terms(logps, inputs, spec)
+    loss = objective(t, spec)
+    weights = policy_weights(logps, inputs, spec)
+    if weights is not None:
+        # 0 times an infinite loss is not NaN here, 0 times a NaN log-prob is
+        loss = torch.where(weights == 0, t.logps.detach() * 0, weights * loss)
     if spec.kl_coef:
-        loss = loss + spec.kl_coef * objectives.kl_penalty(_masked(logps - inputs.ref_logps, inputs), spec)
+        x = _masked(logps - inputs.ref_logps, inputs)
+        loss = loss + spec.kl_coef * kl.kl_penalty(x, t.log_ratio.exp(), spec)
     if spec.entropy_coef:
         loss = loss - spec.entropy_coef * _masked(entropy, inputs)
     return loss
@@ -92,27 +179,23 @@ def aggregate(loss: Tensor, inputs: TokenInputs) -> Tensor:
 @torch.no_grad()
 def statistics(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """(len(STATISTICS),) sums over the valid tokens, and the two extremes of the ratio."""
-    old = logps if inputs.old_logps is None else inputs.old_logps
+    t = terms(logps, inputs, spec)
+    old = _old(logps, inputs)
     delta = _masked(logps - old, inputs)
-    raw = raw_log_ratio(logps, inputs, spec)
-    held = objectives.clamp_log_ratio(raw, spec)
-    ratio, advantages = held.exp(), inputs.advantages
-    clamped = _beyond(raw, spec)
+    ratio = t.log_ratio.exp()
+    clamped = beyond(raw_log_ratio(logps, inputs, spec), spec.log_ratio_clamp)
     columns = {"ratio": ratio, "ratio_square": ratio * ratio, "approx_kl": -delta}
-    columns["approx_kl_k3"] = objectives.k3(objectives.clamp_log_ratio(-delta, spec))
-    if not spec.is_custom:
-        columns |= _clip_columns(held, ratio, advantages, spec)
+    columns["approx_kl_k3"] = kl.k3(clamp_log_ratio(-delta, spec))
+    columns |= _clip_columns(t, spec)
     if inputs.ref_logps is not None:
         x = _masked(logps - inputs.ref_logps, inputs)
-        columns["ref_kl"] = objectives.kl_penalty(x, spec)
+        columns["ref_kl"] = kl.kl_penalty(x, ratio, spec)
         if spec.kl_coef and spec.kl_estimator == KLEstimator.K3:
-            clamped = clamped | _beyond(x, spec)
+            clamped = clamped | beyond(x, spec.log_ratio_clamp)
     columns["clamped"] = clamped
     if entropy is not None:
         columns["entropy"] = entropy
-    if inputs.rollout_logps is not None:
-        gap = objectives.clamp_log_ratio(old - inputs.rollout_logps, spec)
-        columns["rollout_weight"] = torch.where(inputs.rollout_logps.isnan(), 1.0, gap.exp())
+    columns |= _rollout_columns(logps, old, inputs, spec)
     sums = {name: _masked(values.to(logps.dtype), inputs).sum() for name, values in columns.items()}
     bound = logps.new_full((), torch.inf)
     sums["ratio_min"] = torch.where(inputs.valid, ratio, torch.inf).amin() if len(ratio) else bound
@@ -120,23 +203,27 @@ def statistics(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec:
     return torch.stack([sums.get(name, logps.new_zeros(())) for name in STATISTICS]).float()
 
 
-def _beyond(log_ratio: Tensor, spec: LossSpec) -> Tensor:
-    """Where the clamp changes a log-ratio."""
-    if spec.log_ratio_clamp is None:
-        return torch.zeros_like(log_ratio, dtype=torch.bool)
-    return log_ratio.abs() > spec.log_ratio_clamp
-
-
-def _clip_columns(held: Tensor, ratio: Tensor, advantages: Tensor, spec: LossSpec) -> dict[str, Tensor]:
+def _clip_columns(t: Terms, spec: LossSpec) -> dict[str, Tensor]:
     """Which tokens were clipped, by the sign of their advantage."""
+    if spec.definition is None or spec.definition.flags is None:
+        return {}
+    low, high, dual = spec.definition.flags(t, spec)
+    return {"clip_low": low, "clip_high": high} | ({} if dual is None else {"dual_clip": dual})
+
+
+def _rollout_columns(logps: Tensor, old: Tensor, inputs: TokenInputs, spec: LossSpec) -> dict[str, Tensor]:
+    """The rollout weights as applied, and the raw ratio squared."""
     columns = {}
-    if spec.epsilon_low is not None:
-        columns["clip_low"] = (ratio < 1 - spec.epsilon_low) & (advantages < 0)
-    if spec.epsilon_high is not None:
-        columns["clip_high"] = (ratio > 1 + spec.epsilon_high) & (advantages > 0)
-    if spec.dual_clip is not None:
-        loss = objectives.objective(held, advantages, spec.replace(dual_clip=None))
-        columns["dual_clip"] = objectives.dual_clipped(loss, advantages, spec)
+    weights = rollout_weights(old, inputs, spec)
+    if inputs.rollout_logps is not None:
+        rho = clamp_log_ratio(_behaviour(old, inputs).log_rho, spec).exp()
+        columns["rollout_ratio_square"] = rho * rho
+        weights = rho if weights is None else weights
+    if weights is not None:
+        columns |= {"rollout_weight": weights, "rollout_weight_square": weights * weights}
+    kept = _kept(logps, inputs, spec)
+    if kept is not None:
+        columns["rejected"] = ~kept
     return columns
 
 
@@ -170,10 +257,24 @@ def logprobs(
 def token_loss(
     logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:
-    """Flat log-probs and entropies (N,) -> the scalar loss, differentiable, and the statistics."""
+    """Flat log-probs and entropies (N,) -> the scalar loss, differentiable, and the statistics.
+
+    `flat` is as `correction.correct_batch` left it.
+    """
+    logps, entropy, inputs = expand(logps, entropy, flat, normalizer, spec)
+    loss = aggregate(per_token_loss(logps, entropy, inputs, spec), inputs)
+    return loss, statistics(logps, entropy, inputs, spec)
+
+
+def expand(
+    logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor | None, TokenInputs]:
+    """Log-probs and entropies in the working dtype, and the batch's token inputs with its picked tokens."""
     dtype = wide(logps.dtype)
     logps = logps.to(dtype)
     entropy = None if entropy is None else entropy.to(dtype)
-    inputs = token_inputs(flat, normalizer, spec, dtype)
-    loss = aggregate(per_token_loss(logps, entropy, inputs, spec), inputs)
-    return loss, statistics(logps, entropy, inputs, spec)
+    if spec.by_batch:
+        advantages = token_advantages(flat, spec, dtype).masked_fill(~flat.valid(), 0)
+        measured = None if entropy is None else entropy.detach()
+        flat = select(logps.detach(), measured, advantages, flat, spec)
+    return logps, entropy, token_inputs(flat, normalizer, spec, dtype)

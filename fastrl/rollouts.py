@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl.advantages import check_groups
+from fastrl.correction import correct_batch
 from fastrl.flat import Flat, segment_sum
 from fastrl.reduction import denominator
 from fastrl.spec import LossSpec
 
-_PER_TOKEN = ("old_logps", "ref_logps", "rollout_logps")
+_PER_TOKEN = ("old_logps", "ref_logps", "rollout_logps", "rollout_weights")
 
 
 class _Place(NamedTuple):
@@ -44,7 +45,11 @@ class Rollouts:
         old_logps: as token_ids, the policy that the ratio is against; None = on-policy: the ratio is exactly 1, its
             gradient alive.
         ref_logps: as token_ids, the reference policy; needed when `kl_coef != 0`, else only measured (`ref_kl`).
-        rollout_logps: as token_ids, what the sampler reported; NaN = not scored. Feeds `rollout_weight_mean`.
+        rollout_logps: as token_ids, what the sampler reported; NaN = not scored. Read by the spec's `rollout`
+        correction
+            and `off_policy_threshold`, else only measured.
+        rollout_weights: as token_ids, detached factors of the policy term that the trainer has computed itself, instead
+            of a correction by the spec; 0 rejects.
         cu_seqlens: (S + 1,) ints, 0 first and N last: the packed layout.
         row_counts: optional host ints (tokens that count, of them those that can carry a gradient); with them the
             hidden level never waits for the device (a sequence-level ratio still reads its lengths, once). Wrong counts
@@ -63,6 +68,7 @@ class Rollouts:
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     rollout_logps: Tensor | None = None
+    rollout_weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
     row_counts: tuple[int, int] | None = None
     _place: _Place = field(default=_Place(), repr=False)
@@ -91,7 +97,7 @@ class Rollouts:
 
     def normalizer(self, spec: LossSpec) -> Tensor | None:
         """The denominator D of this batch under the spec's aggregation, 0-d; pass it with every micro-batch."""
-        return denominator(self.flat.counts, None, spec)
+        return denominator(correct_batch(self.flat, spec).counts, None, spec)
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts on another device."""
@@ -241,7 +247,8 @@ class Rollouts:
             sequence_ids = torch.searchsorted(cu, positions, right=True).int() - 1
             sequence_ids = sequence_ids.clamp(0, max(self.num_sequences - 1, 0))
             lengths = segment_sum(valid, sequence_ids.long(), self.num_sequences)
-        counts = torch.stack([lengths.sum(), (lengths > 0).sum().float()])
+        tokens = lengths.sum()
+        counts = torch.stack([tokens, (lengths > 0).sum().float(), torch.zeros_like(tokens)])
         if cu is not None:  # off the CPU, offsets that do not cover the tokens are only visible to the device
             counts = torch.where((cu[0] == 0) & (cu[-1] == ids.shape[0]), counts, torch.nan)
 
@@ -260,6 +267,8 @@ class Rollouts:
             old_logps=floats(self.old_logps),
             ref_logps=floats(self.ref_logps),
             rollout_logps=floats(self.rollout_logps),
+            policy_weights=floats(self.rollout_weights),
+            selected=None,
             sequence_ids=sequence_ids,
             cu_seqlens=cu,
             lengths=lengths,

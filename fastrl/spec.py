@@ -1,4 +1,4 @@
-"""Which loss: a frozen, hashable description of a policy loss. Plain data, no tensors, no torch.
+"""Which loss: a frozen, hashable description of a policy loss. Plain data, no tensors.
 
 Four axes stay apart: the objective, the level of its ratio, the penalties, and the aggregation. A paper is one
 value of this class (see `presets.py`); every combination is checked here, once, and nothing below checks it again.
@@ -12,68 +12,22 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-
-class _Option(str, Enum):
-    """A string enum whose members compare equal to, and print as, their value (`StrEnum` needs Python 3.11)."""
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class Objective(_Option):
-    PPO_CLIP = "ppo_clip"
-
-
-class RatioLevel(_Option):
-    TOKEN = "token"
-    """r_t = exp(logp_t - old_t)."""
-    SEQUENCE = "sequence"
-    """s = exp(mean over the sequence of logp_t - old_t), shared by its tokens, gradient through the mean (GSPO)."""
-
-
-class KLEstimator(_Option):
-    K1 = "k1"
-    ABS = "abs"
-    K2 = "k2"
-    K3 = "k3"
-
-
-class KLGradient(_Option):
-    PLAIN = "plain"
-    """Differentiate the estimator as it stands."""
-
-
-class Aggregation(_Option):
-    TOKEN_MEAN = "token-mean"
-    SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
-    SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
-    SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
-    TOKEN_SUM = "token-sum"
-
-
-class AdvantageBaseline(_Option):
-    MEAN = "mean"
-    LEAVE_ONE_OUT = "leave-one-out"
-    NONE = "none"
-
-
-class AdvantageScale(_Option):
-    GROUP = "group"
-    BATCH = "batch"
-    NONE = "none"
-
-
-def option(enum: type[_Option], value: Any, name: str) -> Any:
-    """`value` as a member of `enum`, or a ValueError that lists the accepted names."""
-    try:
-        return enum(value)
-    except ValueError:
-        accepted = ", ".join(repr(str(member)) for member in enum)
-        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}") from None
-
+from fastrl.objectives import OBJECTIVES, Definition, OwnNumbers
+from fastrl.options import (
+    AdvantageBaseline,
+    AdvantageScale,
+    Aggregation,
+    CorrectionLevel,
+    DivergenceLevel,
+    KLEstimator,
+    KLGradient,
+    RatioLevel,
+    check_number,
+    option,
+)
+from fastrl.rollout_correction import RolloutCorrection
 
 _next_key = itertools.count()
 _specs: weakref.WeakValueDictionary[int, LossSpec] = weakref.WeakValueDictionary()
@@ -88,20 +42,22 @@ CustomObjective = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpec:
-    """The loss L = Σₜ wₜ·(ℓ(ratioₜ, Aₜ) + kl_coef·KLₜ − entropy_coef·Hₜ).
+class LossSpec(OwnNumbers):
+    """The loss L = Σₜ wₜ·(vₜ·ℓ(ratioₜ, Aₜ) + kl_coef·KLₜ − entropy_coef·Hₜ), v the rollout weights.
 
     Raises ValueError or TypeError at construction, naming the field, for any value or combination without a meaning.
+    The fields of `OwnNumbers` belong to the objective that they are named after.
     """
 
-    objective: str | CustomObjective = Objective.PPO_CLIP
-    """A registered name, or `fn(log_ratio, advantages) -> loss` on flat fp32 tensors, one loss per token. The function
-    must treat every token by itself: the hidden level calls it on chunks of tokens."""
+    objective: str | CustomObjective = "ppo_clip"
+    """A name of `objectives.OBJECTIVES`, or `fn(log_ratio, advantages) -> loss` on flat fp32 tensors, one loss per
+    token. The function must treat every token by itself: the hidden level calls it on chunks of tokens."""
     ratio_level: str = RatioLevel.TOKEN
     epsilon_low: float | None = 0.2
-    """The ratio is clipped below at 1 − epsilon_low; None = no bound on that side."""
+    """Lower bound, as an offset: the ratio is clipped below at 1 − epsilon_low (gmpo: the log-ratio at −epsilon_low;
+    dppo: the probability shift, or divergence, at epsilon_low); None = no bound on that side."""
     epsilon_high: float | None = 0.2
-    """The ratio is clipped above at 1 + epsilon_high; None = no bound on that side."""
+    """Upper bound, likewise: 1 + epsilon_high; None = no bound on that side."""
     delta: float | None = None
     """Raw upper bound on the unclipped ratio (two-sided clipping, INTELLECT-2): r ← min(r, delta), delta > 1 + ε₊."""
     dual_clip: float | None = None
@@ -111,13 +67,25 @@ class LossSpec:
     kl_coef: float = 0.0
     kl_estimator: str = KLEstimator.K3
     kl_gradient: str = KLGradient.PLAIN
+    kl_clamp: float | None = None
+    """The KL estimate of a token is held to ±this, with zero gradient outside (verl: 10); None = unbounded."""
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    """Only this fraction of the batch's valid tokens, those with the highest entropy, keeps its policy term
+    (arXiv:2506.01939); 1 = all."""
     aggregation: str = Aggregation.TOKEN_MEAN
     max_length: int | None = None
     """The constant divisor of seq-mean-token-sum-norm (Dr. GRPO), in tokens."""
     advantage_baseline: str = AdvantageBaseline.MEAN
     advantage_scale: str = AdvantageScale.GROUP
     advantage_eps: float = 1e-4
+    rollout: RolloutCorrection | None = None
+    """Importance weights and rejections from `Rollouts.rollout_logps`; None = they are only measured."""
+    off_policy_threshold: float | None = None
+    """Drop the policy term of tokens with A < 0 in sequences whose mean of rollout − logp (old − logp without
+    rollout_logps) exceeds this, in nats (DeepSeek-V3.2's off-policy sequence mask, arXiv:2512.02556); None = off."""
+    seed: int | None = None
+    """clip_cov draws tokens by this number and their place in the batch: change it every step."""
 
     def __post_init__(self) -> None:
         self._check_options()
@@ -151,54 +119,89 @@ class LossSpec:
         """This spec with some fields changed, checked again."""
         return dataclasses.replace(self, **overrides)
 
-    def _check_options(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
+    @property
+    def definition(self) -> Definition | None:
+        """The entry of the objective; None for the user's own function."""
+        return OBJECTIVES[self.objective] if isinstance(self.objective, str) else None
 
-        if not callable(self.objective):
-            try:
-                put("objective", option(Objective, self.objective, "objective"))
-            except ValueError as error:
-                raise ValueError(f"{error}; or pass a function fn(log_ratio, advantages) -> loss") from None
-        put("ratio_level", option(RatioLevel, self.ratio_level, "ratio_level"))
-        put("kl_estimator", option(KLEstimator, self.kl_estimator, "kl_estimator"))
-        put("kl_gradient", option(KLGradient, self.kl_gradient, "kl_gradient"))
-        put("aggregation", option(Aggregation, self.aggregation, "aggregation"))
-        put("advantage_baseline", option(AdvantageBaseline, self.advantage_baseline, "advantage_baseline"))
-        put("advantage_scale", option(AdvantageScale, self.advantage_scale, "advantage_scale"))
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a token's coefficient depends on its whole sequence."""
+        correction = self.rollout is not None and not self.rollout.by_batch and self.rollout.by_sequence
+        weighs = self.definition is not None and self.definition.weighs_sequences
+        return self.ratio_level != RatioLevel.TOKEN or correction or weighs or self.off_policy_threshold is not None
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it depends on the whole batch's log-probs or entropies."""
+        return self.top_entropy_quantile < 1 or (self.definition is not None and self.definition.selects)
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether a token with zero advantage has no gradient."""
+        return self.definition is not None and self.definition.vanishes and not (self.kl_coef or self.entropy_coef)
+
+    def _check_options(self) -> None:
+        def put(name: str, enum: type) -> None:
+            object.__setattr__(self, name, option(enum, getattr(self, name), name))
+
+        if not callable(self.objective) and self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective: expected one of {', '.join(map(repr, OBJECTIVES))}, got {self.objective!r}; "
+                "or pass a function fn(log_ratio, advantages) -> loss"
+            )
+        put("ratio_level", RatioLevel)
+        put("kl_estimator", KLEstimator)
+        put("kl_gradient", KLGradient)
+        put("aggregation", Aggregation)
+        put("advantage_baseline", AdvantageBaseline)
+        put("advantage_scale", AdvantageScale)
 
     def _check_numbers(self) -> None:
-        bounds = {  # field: (may be None, lowest, whether the lowest itself is allowed)
-            "epsilon_low": (True, 0.0, True),
-            "epsilon_high": (True, 0.0, True),
-            "delta": (True, 1.0, False),
-            "dual_clip": (True, 1.0, False),
-            "log_ratio_clamp": (True, 0.0, False),
-            "kl_coef": (False, 0.0, True),
-            "entropy_coef": (False, -math.inf, True),
-            "advantage_eps": (False, 0.0, True),
-        }
-        for name, (optional, lowest, inclusive) in bounds.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name}: expected a number{' or None' * optional}, got {value!r}")
-            if not math.isfinite(value) or value < lowest or (value == lowest and not inclusive):
-                sign = "≥" if inclusive else ">"
-                raise ValueError(f"{name}: expected a finite number {sign} {lowest:g}, got {value!r}")
+        for name in ("epsilon_low", "epsilon_high"):
+            check_number(name, getattr(self, name), 0.0, optional=True)
+        for name in ("delta", "dual_clip"):
+            check_number(name, getattr(self, name), 1.0, inclusive=False, optional=True)
+        for name in ("log_ratio_clamp", "kl_clamp"):
+            check_number(name, getattr(self, name), 0.0, inclusive=False, optional=True)
+        for name in ("kl_coef", "advantage_eps"):
+            check_number(name, getattr(self, name), 0.0)
+        check_number("entropy_coef", self.entropy_coef, -math.inf)
+        check_number("off_policy_threshold", self.off_policy_threshold, -math.inf, optional=True)
+        check_number("top_entropy_quantile", self.top_entropy_quantile, 0.0)
+        for field in dataclasses.fields(OwnNumbers):
+            check_number(field.name, getattr(self, field.name), 0.0, inclusive=False)
+        if self.top_entropy_quantile > 1:
+            raise ValueError(
+                f"top_entropy_quantile: expected a fraction from 0 to 1, got {self.top_entropy_quantile!r}"
+            )
         if self.log_ratio_clamp is not None and self.log_ratio_clamp > 80:
             raise ValueError(
                 f"log_ratio_clamp: expected at most 80 (exp overflows float32 above 88), got {self.log_ratio_clamp!r};"
                 " use None to leave the ratio unbounded"
             )
-        if self.epsilon_low is not None and self.epsilon_low > 1:
-            raise ValueError(
-                f"epsilon_low: expected an offset from 1 of at most 1, got {self.epsilon_low!r};"
-                " use None for no lower bound"
-            )
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise TypeError(f"seed: expected an int or None, got {self.seed!r}")
 
     def _check_combinations(self) -> None:
+        self._check_aggregation()
+        if self.is_custom:
+            self._check_reads("a custom objective does its own clipping", ())
+            if self.ratio_level not in (RatioLevel.TOKEN, RatioLevel.SEQUENCE):
+                raise ValueError(
+                    f"ratio_level: a custom objective takes 'token' or 'sequence', got {str(self.ratio_level)!r}"
+                )
+        else:
+            self._check_objective()
+        if self.delta is not None and self.epsilon_high is not None and self.delta <= 1 + self.epsilon_high:
+            raise ValueError(
+                f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
+                f"ratio, beyond the clip range), got {self.delta!r}"
+            )
+        self._check_kl()
+        self._check_rollout()
+
+    def _check_aggregation(self) -> None:
         if self.aggregation == Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
             if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
                 raise ValueError(
@@ -210,26 +213,99 @@ class LossSpec:
                 f"max_length: only aggregation 'seq-mean-token-sum-norm' divides by it, got {self.max_length!r} with "
                 f"aggregation {str(self.aggregation)!r}; leave it None"
             )
-        if self.is_custom:
-            self._check_custom()
-        if self.delta is not None and self.epsilon_high is not None and self.delta <= 1 + self.epsilon_high:
+
+    def _check_objective(self) -> None:
+        name, definition = str(self.objective), self.definition
+        assert definition is not None  # the caller's case
+        self._check_reads(f"objective {name!r} does not read it", (*definition.reads, *definition.numbers))
+        if str(self.ratio_level) not in definition.levels:
+            levels = " or ".join(map(repr, definition.levels))
             raise ValueError(
-                f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
-                f"ratio, beyond the clip range), got {self.delta!r}"
+                f"ratio_level: objective {name!r} is defined at {levels}, got {str(self.ratio_level)!r}; use that, or "
+                "another objective"
             )
-        if self.kl_coef == 0 and self.kl_estimator != KLEstimator.K3:
+        if self.epsilon_low is not None and self.epsilon_low > 1 and definition.centre == 1:
             raise ValueError(
-                f"kl_estimator: {str(self.kl_estimator)!r} has no effect while kl_coef is 0; set kl_coef or leave it"
+                f"epsilon_low: expected an offset from 1 of at most 1, got {self.epsilon_low!r};"
+                " use None for no lower bound"
+            )
+        if name == "clip_cov" and self.seed is None:
+            raise ValueError(
+                "seed: objective 'clip_cov' draws tokens at random and needs an int, got None; change it every step: "
+                "spec.replace(seed=step)"
+            )
+        if name != "clip_cov" and self.seed is not None:
+            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
+        if definition.selects and self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile: objective {name!r} picks tokens by itself, got {self.top_entropy_quantile!r}; "
+                "use objective 'ppo_clip' with it"
+            )
+        if name == "gmpo" and self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile: undefined with objective 'gmpo', whose loss is one number per sequence, got "
+                f"{self.top_entropy_quantile!r}; leave it 1"
+            )
+        if name == "clip_cov" and self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(
+                f"clip_cov_low: expected less than clip_cov_high = {self.clip_cov_high!r}, got {self.clip_cov_low!r}"
             )
 
-    def _check_custom(self) -> None:
+    def _check_reads(self, why: str, reads: tuple[str, ...]) -> None:
+        """A number that the objective does not read must stay at its default."""
+        clipping = ("epsilon_low", "epsilon_high", "delta", "dual_clip")
+        own = tuple(field.name for field in dataclasses.fields(OwnNumbers))
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("epsilon_low", "epsilon_high", "delta", "dual_clip"):
-            if getattr(self, name) != defaults[name]:
+        for name in (*clipping, *own):
+            if name not in reads and getattr(self, name) != defaults[name]:
+                readers = [key for key, other in OBJECTIVES.items() if name in (*other.reads, *other.numbers)]
                 raise ValueError(
-                    f"{name}: a custom objective does its own clipping, got {getattr(self, name)!r}; "
-                    "leave it at its default and clip inside the function"
+                    f"{name}: {why}, got {getattr(self, name)!r}; leave it at its default {defaults[name]!r}, "
+                    f"or use objective {' or '.join(map(repr, readers))}"
                 )
+
+    def _check_kl(self) -> None:
+        if self.kl_coef == 0:
+            for name, default in (
+                ("kl_estimator", KLEstimator.K3),
+                ("kl_gradient", KLGradient.PLAIN),
+                ("kl_clamp", None),
+            ):
+                if getattr(self, name) != default:
+                    value = getattr(self, name)
+                    shown = repr(str(value)) if isinstance(value, str) else repr(value)
+                    raise ValueError(f"{name}: {shown} has no effect while kl_coef is 0; set kl_coef or leave it")
+        if self.kl_gradient == KLGradient.IMPORTANCE_WEIGHTED and self.objective == "gmpo":
+            raise ValueError(
+                "kl_gradient: 'importance_weighted' is undefined with objective 'gmpo', whose ratio is clipped token "
+                "by token; use 'plain' or 'straight_through'"
+            )
+
+    def _check_rollout(self) -> None:
+        if self.rollout is None:
+            return
+        if not isinstance(self.rollout, RolloutCorrection):
+            raise TypeError(f"rollout: expected a fastrl.RolloutCorrection or None, got {self.rollout!r}")
+        by_token = self.rollout.level == CorrectionLevel.TOKEN or (
+            self.rollout.reject is not None and self.rollout.reject_level == DivergenceLevel.TOKEN
+        )
+        whole = self.objective == "gmpo" or self.ratio_level == RatioLevel.SEQUENCE_SUM
+        if whole and (by_token or self.rollout.second_moment is not None):
+            what = "objective 'gmpo'" if self.objective == "gmpo" else "ratio_level 'sequence_sum'"
+            raise ValueError(
+                f"rollout: a weight per token is undefined with {what}, whose loss is one number per sequence; use "
+                "level='sequence' or 'geometric', and a reject_level of sequences"
+            )
+        if self.objective == "vespo" and self.rollout.level == CorrectionLevel.GEOMETRIC:
+            raise ValueError(
+                "rollout.level: objective 'vespo' folds the weight into its product of ratios, got 'geometric'; "
+                "use 'token' or 'sequence'"
+            )
+        if self.objective == "vespo" and self.rollout.by_batch:
+            raise ValueError(
+                "rollout: objective 'vespo' folds each sequence's weights in; leave normalize, second_moment and "
+                "rejected_in_denominator at their defaults"
+            )
 
 
 def _rebuild(fields: dict[str, Any]) -> LossSpec:

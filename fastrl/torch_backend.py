@@ -199,7 +199,9 @@ def _value_and_grad(
             torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         )
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, gradients, strict=True)]
-    return value.detach(), filled[0], filled[1] if len(filled) > 1 else None
+    # A NaN log-prob poisons its row also where the objective's own derivative is finite (−A·log π).
+    dlogp = torch.where(logps.isnan() & inputs.valid, torch.nan, filled[0])
+    return value.detach(), dlogp, filled[1] if len(filled) > 1 else None
 
 
 @contextlib.contextmanager
@@ -218,10 +220,7 @@ def token_loss(
     logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec, *, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Step B: (loss, statistics, dloss/dlogp, dloss/dentropy); the derivatives are None unless `grad`."""
-    dtype = wide(logps.dtype)
-    logps = logps.to(dtype)
-    entropy = None if entropy is None else entropy.to(dtype)
-    inputs = reference.token_inputs(flat, normalizer, spec, dtype)
+    logps, entropy, inputs = reference.expand(logps, entropy, flat, normalizer, spec)
     statistics = reference.statistics(logps, entropy, inputs, spec)
     if not grad:
         loss = reference.aggregate(reference.per_token_loss(logps, entropy, inputs, spec), inputs)

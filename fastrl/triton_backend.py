@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from fastrl import metrics, torch_backend
+from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
+from fastrl.objectives import bounds
 from fastrl.reduction import denominator, weighting
 from fastrl.reference import TokenInputs
+from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
-from fastrl.spec import AdvantageScale, LossSpec, RatioLevel
+from fastrl.selection import select
+from fastrl.spec import AdvantageScale, LossSpec
 
 assert kernels.STATISTICS == metrics.STATISTICS, "the kernel's columns and the metrics table differ"
 
@@ -27,21 +31,45 @@ def _transform(scoring: Scoring) -> dict[str, float | None]:
 
 def _numbers(spec: LossSpec) -> dict[str, float | None]:
     """The spec's numbers as runtime scalars; a None removes its branch from the kernel."""
+    definition = spec.definition
+    assert definition is not None  # a custom objective never comes here
+    low, high = bounds(spec)
+    own = [getattr(spec, name) for name in definition.numbers] + 4 * [None]
+    how = _correction(spec)
     values = {
-        "low": None if spec.epsilon_low is None else 1 - spec.epsilon_low,
-        "high": None if spec.epsilon_high is None else 1 + spec.epsilon_high,
+        "low": low if "epsilon_low" in definition.reads else None,
+        "high": high if "epsilon_high" in definition.reads else None,
         "delta": spec.delta,
         "dual_clip": spec.dual_clip,
         "bound": spec.log_ratio_clamp,
         "kl_coef": spec.kl_coef or None,
+        "kl_clamp": spec.kl_clamp,
         "entropy_coef": spec.entropy_coef or None,
+        **{f"p{i}": own[i] for i in range(4)},
+        "lower": None if how is None else how.lower,
+        "upper": None if how is None else how.upper,
+        "reject_lower": None if how is None else how.reject_lower,
+        "reject_upper": None if how is None else how.reject_upper,
     }
     # As floats: an int would compile another kernel.
     return {name: None if value is None else float(value) for name, value in values.items()}
 
 
+def _correction(spec: LossSpec) -> RolloutCorrection | None:
+    """The correction that is left to the kernels; what depends on the batch is in `Flat.policy_weights` already."""
+    return None if spec.rollout is None or spec.rollout.by_batch else spec.rollout
+
+
 def _structure(spec: LossSpec) -> dict[str, Any]:
-    return {"OBJECTIVE": str(spec.objective), "KL": str(spec.kl_estimator)}
+    how = _correction(spec)
+    return {
+        "OBJECTIVE": spec.objective,
+        "KL": str(spec.kl_estimator),
+        "KL_GRADIENT": str(spec.kl_gradient),
+        "CORRECTION": "off" if how is None else str(how.level or "none"),
+        "MODE": "truncate" if how is None else str(how.mode),
+        "REJECT": "off" if how is None or how.reject is None else str(how.reject),
+    }
 
 
 def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
@@ -74,7 +102,8 @@ def score_and_differentiate(
     """Steps A and C and B's derivative in one kernel, for losses of a token's own row."""
     kernels.fused_loss_grad(
         logits, out, scoring.ids, scoring.mask, scoring.rows, scoring.temperature,
-        inputs.advantages, inputs.weights, inputs.old_logps, inputs.ref_logps, *scores, dlogp, dentropy,
+        inputs.advantages, inputs.weights, inputs.old_logps, inputs.ref_logps,
+        inputs.rollout_logps, inputs.policy_weights, *scores, dlogp, dentropy,
         transform=_transform(scoring), numbers=_numbers(spec), structure=_structure(spec),
     )  # fmt: skip
 
@@ -94,9 +123,20 @@ def _launch_policy(
             scale=str(spec.advantage_scale),
         )
         advantages, rewards = every[flat.first_sequence : flat.first_sequence + flat.num_sequences], None
-    numbers = _numbers(spec) | {"weight_scale": how.scale, "advantage_eps": float(spec.advantage_eps)}
+    off_policy = None if spec.off_policy_threshold is None else float(spec.off_policy_threshold)
+    numbers = _numbers(spec) | {
+        "weight_scale": how.scale,
+        "advantage_eps": float(spec.advantage_eps),
+        "off_policy": off_policy,
+    }
+    correction, definition = _correction(spec), spec.definition
+    assert definition is not None
     structure = _structure(spec) | {
-        "SEQUENCE_LEVEL": spec.ratio_level == RatioLevel.SEQUENCE,
+        "LEVEL": str(spec.ratio_level),
+        "BY_SEQUENCE": spec.by_sequence,
+        "FOLDS": definition.weighs_sequences,
+        "READS_SELECTED": definition.reads_selected,
+        "REJECT_LEVEL": "token" if correction is None else str(correction.reject_level),
         "PER_SEQUENCE_MEAN": how.per_sequence_mean,
         "BASELINE": str(spec.advantage_baseline),
         "SCALE": str(spec.advantage_scale),
@@ -110,6 +150,8 @@ def _launch_policy(
         old=flat.old_logps,
         ref=flat.ref_logps,
         rollout=flat.rollout_logps,
+        policy_weights=flat.policy_weights,
+        selected=flat.selected,
         sequence_ids=flat.sequence_ids,
         cu_seqlens=flat.cu_seqlens,
         lengths=flat.lengths,
@@ -130,6 +172,9 @@ def token_loss(
     """Step B. A custom objective is the user's torch code: there it runs the specification."""
     if spec.is_custom:
         return torch_backend.token_loss(logps, entropy, flat, normalizer, spec, grad=grad)
+    if spec.by_batch:
+        advantages = token_advantages(flat, spec, torch.float32).masked_fill(~flat.valid(), 0)
+        flat = select(logps, entropy, advantages, flat, spec)
     dlogp = torch.empty_like(logps, dtype=torch.float32) if grad else None
     dentropy = torch.empty_like(dlogp) if grad and spec.entropy_coef else None
     loss, statistics = _launch_policy(logps, entropy, flat, normalizer, spec, dlogp=dlogp, dentropy=dentropy)

@@ -23,14 +23,7 @@ BACKENDS = [
     pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
 ]
 
-PRESETS = {
-    "ppo": fastrl.PPO,
-    "grpo": fastrl.GRPO,
-    "bnpo": fastrl.BNPO,
-    "dr_grpo": fastrl.DR_GRPO,
-    "dapo": fastrl.DAPO,
-    "gspo": fastrl.GSPO,
-}
+PRESETS = fastrl.presets.PRESETS
 
 
 def cubic(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -63,8 +56,64 @@ OPTIONS: dict[str, LossSpec] = {
     "leave-one-out": fastrl.GRPO.replace(advantage_baseline="leave-one-out"),
     "batch-scale": fastrl.GRPO.replace(advantage_scale="batch"),
     "raw-rewards": fastrl.PPO.replace(advantage_baseline="none", advantage_scale="none"),
+    "importance-sampling": LossSpec(objective="importance_sampling"),
+    "cispo-two-sided": fastrl.CISPO.replace(epsilon_low=0.1, epsilon_high=0.2),
+    "cispo-sequence": fastrl.CISPO.replace(ratio_level="sequence", epsilon_high=0.1),
+    "cispo-unbounded": fastrl.CISPO.replace(epsilon_high=None),
+    "sapo-sequence": fastrl.SAPO.replace(ratio_level="sequence", sapo_temperature_negative=3.0),
+    "gmpo-tight": fastrl.GMPO.replace(epsilon_low=0.05, epsilon_high=0.1, kl_coef=0.1, entropy_coef=0.02),
+    "gmpo-one-sided": fastrl.GMPO.replace(epsilon_low=None, epsilon_high=0.1),
+    "vespo-kl": fastrl.VESPO.replace(kl_coef=0.1, kl_gradient="importance_weighted", vespo_k_negative=1.5),
+    "dppo-tv-tight": fastrl.DPPO_TV.replace(epsilon_low=0.01, epsilon_high=0.02, dppo_ratio_cap=1.1),
+    "dppo-kl-tight": fastrl.DPPO_KL.replace(epsilon_low=1e-3, epsilon_high=None, dppo_ratio_cap=1.1),
+    "topr-sequence": fastrl.TOPR.replace(ratio_level="sequence_sum", topr_ratio_cap=0.9),
+    "rloo-loose": fastrl.RLOO.replace(epsilon_high=2.0, epsilon_low=None),
+    "gspo-token-tight": fastrl.GSPO_TOKEN.replace(epsilon_low=0.02, epsilon_high=0.1, dual_clip=1.3),
+    "clip-cov-many": fastrl.CLIP_COV.replace(clip_cov_fraction=0.3, clip_cov_low=1e-4, seed=7),
+    "kl-cov-many": fastrl.KL_COV.replace(kl_cov_fraction=0.3, kl_cov_coef=0.5, kl_coef=0.1),
+    "importance-weighted-kl": fastrl.GRPO.replace(kl_coef=0.3, kl_gradient="importance_weighted"),
+    "importance-weighted-sequence": fastrl.GSPO.replace(kl_coef=0.3, kl_gradient="importance_weighted", delta=1.3),
+    "straight-through": fastrl.GRPO.replace(kl_coef=0.3, kl_gradient="straight_through", kl_clamp=0.05),
+    "clamped-k1": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="k1", kl_clamp=0.2),
+    "top-entropy": fastrl.DAPO.replace(top_entropy_quantile=0.4, kl_coef=0.1),
     "custom": LossSpec(objective=cubic, kl_coef=0.1, entropy_coef=0.02),
     "custom-sequence": LossSpec(objective=cubic, ratio_level="sequence", aggregation="seq-mean-token-mean"),
+}
+
+
+_R = fastrl.RolloutCorrection
+# The same for options that need rollout log-probs, which `make_batch(rollout=True)` gives with log ρ near ±0.1.
+ROLLOUT_OPTIONS: dict[str, LossSpec] = {
+    "truncate": fastrl.DAPO.replace(rollout=_R(upper=1.05)),
+    "two-sided": fastrl.CISPO.replace(rollout=_R(lower=0.95, upper=1.1)),
+    "icepop": fastrl.GRPO.replace(rollout=_R(mode="mask", lower=0.9, upper=1.1), kl_coef=0.2, entropy_coef=0.1),
+    "sequence-truncate": fastrl.PPO.replace(rollout=_R(level="sequence", upper=1.1)),
+    "sequence-mask": fastrl.GSPO.replace(rollout=_R(level="sequence", mode="mask", upper=1.2)),
+    "geometric": fastrl.GMPO.replace(rollout=_R(level="geometric", lower=0.99, upper=1.05)),
+    "reject-k1": fastrl.GSPO_TOKEN.replace(rollout=_R(reject="k1", reject_lower=-0.12, reject_upper=0.12)),
+    "reject-k2-sum": fastrl.DAPO.replace(
+        rollout=_R(level=None, reject="k2", reject_level="sequence-sum", reject_upper=0.02)
+    ),
+    "reject-k3-mean": fastrl.SAPO.replace(rollout=_R(reject="k3", reject_level="sequence-mean", reject_upper=0.005)),
+    "reject-tv-max": fastrl.RLOO.replace(
+        rollout=_R(level="sequence", reject="tv", reject_level="sequence-max", reject_upper=0.02)
+    ),
+    "reject-binary-kl": fastrl.TOPR.replace(rollout=_R(reject="binary_kl", reject_upper=1e-4)),
+    "normalised": fastrl.REINFORCE.replace(rollout=_R(upper=1.1, normalize=True)),
+    "normalised-sequence": fastrl.DRO.replace(rollout=_R(level="sequence", normalize=True)),
+    "second-moment": fastrl.DAPO.replace(rollout=_R(level=None, second_moment=0.005)),
+    "excluded": fastrl.GRPO.replace(
+        rollout=_R(mode="mask", upper=1.1, rejected_in_denominator=False), kl_coef=0.1, entropy_coef=0.1
+    ),
+    "excluded-sequence": fastrl.GSPO.replace(
+        rollout=_R(reject="k1", reject_level="sequence-mean", reject_upper=0.0, rejected_in_denominator=False)
+    ),
+    "vespo-token": fastrl.VESPO.replace(rollout=_R(mode="mask", upper=1.1)),
+    "vespo-sequence": fastrl.VESPO.replace(rollout=_R(level="sequence", upper=1.1, reject="k3", reject_upper=0.01)),
+    "off-policy": fastrl.GRPO.replace(off_policy_threshold=0.05, kl_coef=0.1),
+    "off-policy-cispo": fastrl.CISPO.replace(off_policy_threshold=0.0, rollout=_R(upper=1.1)),
+    "kl-cov-rollout": fastrl.KL_COV.replace(rollout=_R(upper=1.05), kl_cov_fraction=0.3),
+    "top-entropy-rollout": fastrl.DAPO.replace(rollout=_R(mode="mask", upper=1.1), top_entropy_quantile=0.5),
 }
 
 
@@ -127,7 +176,7 @@ def make_batch(
     logps, _ = reference.logprobs(batch.logits(), clean, None, 0.7)
     old = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
     ref = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
-    sampler = old + 0.1
+    sampler = old + 0.1 * torch.randn(B, T, generator=g)
     sampler[0, 0] = float("nan")
     if garbage:
         ids = ids.masked_fill(~mask, -100)

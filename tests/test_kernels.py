@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from common import BACKENDS, OPTIONS, close, make_batch, truth_from_logits
 
 import fastrl
-from fastrl import objectives, reference
-from fastrl.spec import KLEstimator, Objective
+from fastrl import reference
+from fastrl.kl import KL_ESTIMATORS
+from fastrl.objectives import OBJECTIVES
+from fastrl.spec import KLEstimator, KLGradient
 
 # One vocabulary per regime of the kernels: a single token; less than a tile; a prime; exactly a tile of the short
 # configuration; just under, at and over the 4096 columns of the long one; two tiles and an odd tail.
@@ -204,49 +207,65 @@ GRID = torch.cat([torch.linspace(-3, 3, 61), torch.tensor([-25.0, -20.0, 20.0, 2
 
 
 def twins():
-    for objective in Objective:
-        variants = {
-            "plain": {},
-            "unbounded": {"epsilon_low": None, "epsilon_high": None},
-            "dual": {"dual_clip": 1.5},
-            "delta": {"delta": 1.7},
-            # the clipped term has a gradient of its own where it has no bound on that side (found by test_fuzz)
-            "delta-no-upper-bound": {"delta": 1.7, "epsilon_high": None},
-            "unclamped": {"log_ratio_clamp": None},
-        }
-        for name, fields in variants.items():
-            yield pytest.param(
-                fastrl.LossSpec(objective=objective, aggregation="token-sum", **fields), id=f"{objective}-{name}"
+    """Every objective at every level, with each option that it reads; every estimator with every gradient."""
+    variants = {
+        "plain": {},
+        "unbounded": {"epsilon_low": None, "epsilon_high": None},
+        "one-sided": {"epsilon_low": None},
+        "dual": {"dual_clip": 1.5},
+        "delta": {"delta": 1.7},
+        # the clipped term has a gradient of its own where it has no bound on that side (found by test_fuzz)
+        "delta-no-upper-bound": {"delta": 1.7, "epsilon_high": None},
+        "unclamped": {"log_ratio_clamp": None},
+    }
+    for objective, definition in OBJECTIVES.items():
+        for level, (name, fields) in itertools.product(definition.levels, variants.items()):
+            if not set(fields) <= {*definition.reads, "log_ratio_clamp"}:
+                continue
+            seed = {"seed": 1} if objective == "clip_cov" else {}
+            spec = fastrl.LossSpec(objective=objective, ratio_level=level, aggregation="token-sum", **fields, **seed)
+            yield pytest.param(spec, id=f"{objective}-{level}-{name}")
+    for estimator, gradient in itertools.product(KLEstimator, KLGradient):
+        for clamp in (None, 0.7):
+            spec = fastrl.LossSpec(
+                kl_coef=1.0, kl_estimator=estimator, kl_gradient=gradient, kl_clamp=clamp, aggregation="token-sum"
             )
-    for estimator in KLEstimator:
-        spec = fastrl.LossSpec(kl_coef=1.0, kl_estimator=estimator, aggregation="token-sum")
-        yield pytest.param(spec, id=f"kl-{estimator}")
+            yield pytest.param(spec, id=f"kl-{estimator}-{gradient}-{clamp}")
 
 
 @pytest.mark.parametrize("spec", list(twins()))
-@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
-def test_device_twins_of_the_registry(spec, sign):
-    """Every registered objective and estimator: the device function gives the specification's value and derivative."""
-    advantages = torch.full((1, len(GRID)), sign)
-    old = torch.full((1, len(GRID)), -30.0)
+def test_device_twins_of_the_registry(spec):
+    """The device function gives the specification's value and derivative, for A > 0, A < 0 and A = 0.
+
+    One token per sequence, so that every level sees the whole grid of log-ratios.
+    """
+    points = GRID[::6] if spec.by_sequence else GRID
+    grid, n = points.repeat(3), 3 * len(points)
+    advantages = torch.tensor([1.0, -0.7, 0.0]).repeat_interleave(len(points))
+    old = torch.where(grid > 0, -30.0, -0.7)[:, None]
     rollouts = fastrl.Rollouts(
-        torch.zeros(1, len(GRID), dtype=torch.long), advantages=advantages, old_logps=old, ref_logps=old
+        torch.zeros(n, 1, dtype=torch.long), advantages=advantages, old_logps=old, ref_logps=old - 0.3
     )
-    leaf = (old + GRID).double().requires_grad_()
-    loss, _ = reference.token_loss(leaf.reshape(-1), None, rollouts.flat, None, spec)
-    (want,) = torch.autograd.grad(loss, leaf)
+    leaf = (old + grid[:, None]).double().requires_grad_()
+    rows, _, inputs = reference.expand(leaf.reshape(-1), None, rollouts.flat, None, spec)
+    losses = reference.per_token_loss(rows, None, inputs, spec)
+    (want,) = torch.autograd.grad(losses.sum(), leaf)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mine = (old + GRID).to(device).requires_grad_()
+    mine = (old + grid[:, None]).to(device).requires_grad_()
     out = fastrl.policy_loss(mine, rollouts.to(device), spec, backend="triton")
     (got,) = torch.autograd.grad(out.loss, mine)
     # rtol for exp near the clamp, where the derivative is e^20
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.loss.detach().cpu().double(), loss.detach(), rtol=1e-5, atol=1e-5)
+    assert abs(float(out.loss.detach()) - float(losses.sum())) <= 1e-5 * max(float(losses.abs().sum()), 1.0)
 
 
 def test_every_objective_and_estimator_has_both_texts():
-    assert set(objectives.OBJECTIVES) == set(Objective)
-    assert set(objectives.KL_ESTIMATORS) == set(KLEstimator)
+    """The kernel knows every registered name, and codegen compiles every one."""
+    from fastrl_kernels import codegen
+
+    assert set(codegen._NUMBERS) == set(OBJECTIVES)
+    assert {name: len(definition.numbers) for name, definition in OBJECTIVES.items()} >= codegen._NUMBERS
+    assert set(KL_ESTIMATORS) == set(KLEstimator)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 6])

@@ -61,8 +61,8 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "spec", "presets", "_checks", "flat", "objectives", "ratio", "reduction", "advantages", "metrics", "reference",
-        "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
+        "options", "rollout_correction", "objectives", "spec", "presets", "_checks", "clamping", "kl", "flat", "ratio",
+        "correction", "selection", "reduction", "advantages", "metrics", "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
         "inputs", "functional", "nn", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"

@@ -58,14 +58,7 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         yield _row_build(f"logprob_bwd-{dtype}", logprob._logprob_bwd_kernel, vocab_size, {}, absent, dtype)
     yield _row_build("logprob_fwd-full", logprob._logprob_fwd_kernel, vocab_size)
     yield _row_build("logprob_bwd-full", logprob._logprob_bwd_kernel, vocab_size)
-    names = {"OBJECTIVE": "ppo_clip", "KL": "k3"}
-    for kl in ("k1", "abs", "k2", "k3"):
-        yield _row_build(f"fused-{kl}-full", fused._fused_kernel, vocab_size, {**names, "KL": kl})
-    lean = (*plain, "ref_ptr", "kl_coef", "entropy_coef", "dentropy_ptr", "delta", "dual_clip")
-    for dtype in ("bf16", "fp32"):
-        yield _row_build(f"fused-grpo-{dtype}", fused._fused_kernel, vocab_size, names, lean, dtype)
-    absent = (*lean, "low", "high", "bound", "old_ptr")
-    yield _row_build("fused-unbounded", fused._fused_kernel, vocab_size, names, absent)
+    yield from _fused_builds(vocab_size, plain)
     yield from _policy_builds()
     for given, scaling in itertools.product((True, False), ("group", "batch", "none")):
         constexprs = {"BASELINE": "mean", "SCALE": scaling, **groups._GROUP_BLOCKS}
@@ -89,27 +82,125 @@ def _row_build(
     return Build(name, kernel, {**block, **(constexprs or {})}, config, True, absent, dtype)
 
 
+_NO_CORRECTION = {"CORRECTION": "off", "MODE": "truncate", "REJECT": "off"}
+_BOUNDS = ("lower", "upper", "reject_lower", "reject_upper")
+_NUMBERS = {  # objective: how many of p0 to p3 it takes
+    "ppo_clip": 0, "cispo": 0, "sapo": 2, "gmpo": 0, "vespo": 4, "dppo_tv": 1, "dppo_kl": 1, "reinforce": 0,
+    "importance_sampling": 0, "topr": 1, "dro": 1, "clip_cov": 0, "kl_cov": 1,
+}  # fmt: skip
+_ONE_PASS = tuple(name for name in _NUMBERS if name not in ("gmpo", "vespo", "clip_cov", "kl_cov"))
+
+
+def _objective(name: str, kl: str = "k3", gradient: str = "plain") -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Constexprs of an objective without a correction, and the numbers that are then absent."""
+    constexprs = {"OBJECTIVE": name, "KL": kl, "KL_GRADIENT": gradient, **_NO_CORRECTION}
+    absent = tuple(f"p{i}" for i in range(_NUMBERS[name], 4))
+    return constexprs, absent if name == "ppo_clip" else (*absent, "delta", "dual_clip")
+
+
+def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
+    def build(name: str, constexprs: dict[str, Any], absent: tuple[str, ...], dtype: str = "bf16") -> Build:
+        return _row_build(name, fused._fused_kernel, vocab_size, constexprs, absent, dtype)
+
+    uncorrected = ("rollout_ptr", "policy_weights_ptr", *_BOUNDS)
+    names, own = _objective("ppo_clip")
+    for kl in ("k1", "abs", "k2", "k3"):
+        yield build(f"fused-{kl}-full", {**names, "KL": kl}, (*own, *uncorrected))
+    for gradient in ("importance_weighted", "straight_through"):
+        yield build(f"fused-{gradient}", {**names, "KL_GRADIENT": gradient}, (*own, *uncorrected))
+    lean = (
+        *plain,
+        "ref_ptr",
+        "kl_coef",
+        "kl_clamp",
+        "entropy_coef",
+        "dentropy_ptr",
+        "delta",
+        "dual_clip",
+        *uncorrected,
+    )
+    for dtype in ("bf16", "fp32"):
+        yield build(f"fused-grpo-{dtype}", names, (*own, *lean), dtype)
+    yield build("fused-unbounded", names, (*own, *lean, "low", "high", "bound", "old_ptr"))
+    for objective in _ONE_PASS[1:]:
+        constexprs, own = _objective(objective)
+        yield build(f"fused-{objective}", constexprs, (*own, *lean))
+    corrected = tuple(name for name in lean if name not in uncorrected)
+    for mode, reject in (("truncate", "off"), ("mask", "k3"), ("truncate", "binary_kl")):
+        constexprs = {**names, "CORRECTION": "token", "MODE": mode, "REJECT": reject}
+        absent = (*_objective("ppo_clip")[1], *corrected, "policy_weights_ptr")
+        yield build(f"fused-rollout-{mode}-{reject}", constexprs, absent)
+    yield build("fused-weights", names, (*_objective("ppo_clip")[1], *corrected, "rollout_ptr", *_BOUNDS))
+
+
+def _policy_build(name: str, changes: dict[str, Any], absent: tuple[str, ...] = ()) -> Build:
+    constexprs, own = _objective(changes.pop("OBJECTIVE", "ppo_clip"))
+    constexprs |= {
+        "LEVEL": "token",
+        "BY_SEQUENCE": False,
+        "FOLDS": False,
+        "READS_SELECTED": False,
+        "REJECT_LEVEL": "token",
+        "PER_SEQUENCE_MEAN": False,
+        "PER_TOKEN_ADVANTAGE": False,
+        "BASELINE": "mean",
+        "SCALE": "group",
+        "COLUMNS": policy._COLUMNS,
+    } | changes
+    config = token_config(constexprs["BY_SEQUENCE"])
+    constexprs |= {"BLOCK_N": config.block_n, "BLOCK_P": config.block_p}
+    absent = (*own, *absent, "advantages_ptr")
+    size = functools.partial(_token, constexprs["BY_SEQUENCE"])
+    return Build(f"policy-{name}", policy._policy_fwd_kernel, constexprs, size, False, absent)
+
+
 def _policy_builds() -> Iterator[Build]:
-    for level, packed, kl in itertools.product((False, True), (False, True), (False, True)):
-        config = token_config(level)
+    padded = ("sequence_ptr", "cu_ptr")
+    bare = ("policy_weights_ptr", "selected_ptr", "off_policy", *_BOUNDS)
+    lean = (*bare, "ref_ptr", "kl_coef", "kl_clamp", "rollout_ptr", "dual_clip", "delta")
+    sequence = {"LEVEL": "sequence", "BY_SEQUENCE": True, "PER_SEQUENCE_MEAN": True}
+    for packed, full in itertools.product((False, True), (False, True)):
         for baseline, scaling in (("mean", "group"), ("mean", "none"), ("leave-one-out", "none")):
-            constexprs = {
-                "OBJECTIVE": "ppo_clip",
-                "KL": "k3",
-                "SEQUENCE_LEVEL": level,
-                "PER_SEQUENCE_MEAN": level,
-                "PER_TOKEN_ADVANTAGE": False,
-                "BASELINE": baseline,
-                "SCALE": scaling,
-                "BLOCK_N": config.block_n,
-                "BLOCK_P": config.block_p,
-                "COLUMNS": policy._COLUMNS,
-            }
-            absent = ("advantages_ptr",) if packed else ("advantages_ptr", "sequence_ptr", "cu_ptr")
-            absent += () if kl else ("ref_ptr", "kl_coef", "rollout_ptr", "dual_clip", "delta")
-            parts = ("sequence" if level else "token", "packed" if packed else "padded", "full" if kl else "lean")
-            name = "-".join(("policy", *parts, baseline, scaling))
-            yield Build(name, policy._policy_fwd_kernel, constexprs, functools.partial(_token, level), False, absent)
+            for level in ({}, sequence):
+                parts = ("sequence" if level else "token", "packed" if packed else "padded", "full" if full else "lean")
+                changes = {**level, "BASELINE": baseline, "SCALE": scaling}
+                absent = (*(() if packed else padded), *(bare if full else lean))
+                yield _policy_build("-".join((*parts, baseline, scaling)), changes, absent)
+    special = {
+        "gmpo": sequence,
+        "vespo": {"BY_SEQUENCE": True, "FOLDS": True},
+        "kl_cov": {"READS_SELECTED": True},
+    }
+    for objective in _NUMBERS:
+        kept = tuple(name for name in bare if name != "selected_ptr" or objective != "kl_cov")
+        yield _policy_build(objective, {"OBJECTIVE": objective, **special.get(objective, {})}, (*padded, *kept))
+    for level in ("sequence_token", "sequence_sum"):
+        yield _policy_build(level, {"LEVEL": level, "BY_SEQUENCE": True}, (*padded, *bare))
+    yield from _corrected_policy_builds(padded)
+    for gradient in ("importance_weighted", "straight_through"):
+        yield _policy_build(gradient, {"KL_GRADIENT": gradient, **sequence}, (*padded, *bare))
+
+
+def _corrected_policy_builds(padded: tuple[str, ...]) -> Iterator[Build]:
+    selections = ("policy_weights_ptr", "selected_ptr")
+    for level, reject, at in (
+        ("token", "k3", "token"),
+        ("token", "binary_kl", "sequence-mean"),
+        ("sequence", "k1", "sequence-sum"),
+        ("geometric", "tv", "sequence-max"),
+        ("none", "k2", "token"),
+    ):
+        by_sequence = level in ("sequence", "geometric") or at != "token"
+        changes = {
+            "CORRECTION": level,
+            "MODE": "mask",
+            "REJECT": reject,
+            "REJECT_LEVEL": at,
+            "BY_SEQUENCE": by_sequence,
+        }
+        absent = (*padded, *selections, *(() if by_sequence else ("off_policy",)))
+        yield _policy_build(f"rollout-{level}-{reject}-{at}", changes, absent)
+    yield _policy_build("given-weights", {}, (*padded, "off_policy", *_BOUNDS))
 
 
 def _token(by_sequence: bool, _: int) -> TokenConfig:

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .logprob import as_bytes, num_rows, row_strides
-from .objective_fns import token_terms
 from .softmax import (
     is_valid,
     row_factor,
@@ -22,20 +21,25 @@ from .softmax import (
     write_row_gradient,
     write_zero_row,
 )
+from .token_fns import token_rollout_weight, token_terms
 from .tune import PER_ROW, on_device, row_config
 
 
 @triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
 def _fused_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
-    advantages_ptr, weights_ptr, old_ptr, ref_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
+    advantages_ptr, weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+    logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
 
     stride_b, stride_t, out_stride_b, out_stride_t,
 
     T, out_T, V,
 
-    log_vocab, factor, softcap, inner, low, high, delta, dual_clip, bound, kl_coef, entropy_coef,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, BLOCK_V: tl.constexpr,
+    log_vocab, factor, softcap, inner,
+    low, high, delta, dual_clip, bound, kl_coef, kl_clamp, entropy_coef, p0, p1, p2, p3,
+    lower, upper, reject_lower, reject_upper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One row per program: 2V bytes read for the statistics, 2V read again (from L2 as far as it holds the row) and 2V
     written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more and writes zeros."""
@@ -60,10 +64,20 @@ def _fused_kernel(
         if ref_ptr is not None:
             ref = tl.load(ref_ptr + n)
         advantage, weight = tl.load(advantages_ptr + n), tl.load(weights_ptr + n)
-        _, dratio, _, dkl, _, _, _ = token_terms(
-            logp, gap, gap, advantage, ref, low, high, delta, dual_clip, bound, kl_coef, OBJECTIVE, KL
-        )
-        c = weight * (dratio + dkl)
+        scale = None
+        if CORRECTION != "off":
+            rollout = tl.load(rollout_ptr + n)
+            scale, rejected = token_rollout_weight(
+                logp - gap, rollout, bound, lower, upper, reject_lower, reject_upper, CORRECTION, MODE, REJECT, "token"
+            )
+            scale = tl.where(rejected, 0.0, scale)
+        elif policy_weights_ptr is not None:
+            scale = tl.load(policy_weights_ptr + n)
+        _, dratio, dlogp, _, _, _, _, _, _ = token_terms(
+            logp, gap, gap, advantage, ref, scale, None, None,
+            low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
+        )  # fmt: skip
+        c = weight * (dratio + dlogp)
         c = tl.where(logp == logp, c, float("nan"))
     tl.store(logp_ptr + n, logp)
     tl.store(entropy_ptr + n, entropy)
@@ -93,7 +107,9 @@ def fused_loss_grad(
     advantages: Tensor,  # (N,) fp32
     weights: Tensor,  # (N,) fp32
     old: Tensor | None,  # (N,) fp32
-    ref: Tensor | None,  # (N,) fp32
+    ref: Tensor | None,  # (N,) fp32, as the next two
+    rollout: Tensor | None,
+    policy_weights: Tensor | None,
     logp: Tensor,  # (N,) fp32, written at the scored tokens, as the next five
     entropy: Tensor,
     row_max: Tensor,
@@ -115,7 +131,7 @@ def fused_loss_grad(
     with on_device(logits):
         _fused_kernel[(num_rows(logits),)](
             logits, dlogits, ids, as_bytes(mask), rows, temperature, advantages, weights, old, ref,
-            logp, entropy, row_max, log_sum, dlogp, dentropy,
+            rollout, policy_weights, logp, entropy, row_max, log_sum, dlogp, dentropy,
             stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, math.log(V),
             **transform, **numbers, **structure, BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip

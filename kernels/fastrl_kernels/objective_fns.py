@@ -1,6 +1,7 @@
-"""Device objectives and KL estimators: value and derivative together, on scalars or blocks.
+"""Device objectives: value and derivatives together, on scalars or blocks.
 
-Twins of the plain-torch specifications in `fastrl/objectives.py`; selected by a string constexpr.
+Twins of the plain-torch specifications in `fastrl/objectives.py`; selected by a string constexpr in `objective`, which
+says what each takes and gives.
 """
 
 import triton
@@ -8,16 +9,24 @@ import triton.language as tl
 
 
 @triton.jit
-def hold(x, bound):
-    """(x held to ±bound, whether the derivative passes). NaN stays NaN and passes; a bound of None holds nothing."""
-    if bound is not None:
-        held = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-        passes = (tl.abs(x) > bound) == 0
-    else:
-        held = x
-        passes = x == x
-        passes = passes | (passes == 0)
-    return held, passes
+def clip(x, low, high):
+    """x held to [low, high]; a bound of None is absent, NaN stays NaN."""
+    if low is not None:
+        x = tl.where(x < low, low, x)
+    if high is not None:
+        x = tl.where(x > high, high, x)
+    return x
+
+
+@triton.jit
+def flags_outside(x, low, high, falls, rises):
+    """(x < low where `falls`, x > high where `rises`)."""
+    below, above = falls & rises, falls & rises
+    if low is not None:
+        below = (x < low) & falls
+    if high is not None:
+        above = (x > high) & rises
+    return below, above
 
 
 @triton.jit
@@ -27,17 +36,12 @@ def ppo_clip(ratio, advantage, low, high, delta, dual_clip):
 
     Returns (loss, derivative, whether the dual clip replaced the loss).
     """
-    clipped, free = ratio, ratio
-    if low is not None:
-        clipped = tl.where(ratio < low, low, clipped)
-    if high is not None:
-        clipped = tl.where(ratio > high, high, clipped)
-    if delta is not None:
-        free = tl.where(ratio > delta, delta, ratio)
+    free = clip(ratio, None, delta)
+    clipped = clip(ratio, low, high)
     chosen = tl.where(-free * advantage < -clipped * advantage, clipped, free)
     loss = -chosen * advantage
     derivative = tl.where((chosen < ratio) | (chosen > ratio), 0.0, -ratio * advantage)
-    dual = advantage != advantage
+    dual = (advantage < 0) & (advantage > 0)
     if dual_clip is not None:
         bound = -dual_clip * advantage
         dual = (advantage < 0) & (loss > bound)
@@ -47,66 +51,101 @@ def ppo_clip(ratio, advantage, low, high, delta, dual_clip):
 
 
 @triton.jit
-def objective(ratio, advantage, low, high, delta, dual_clip, OBJECTIVE: tl.constexpr):
-    """(loss, dloss/dlog_ratio, dual-clipped) of the named objective; `ratio` is exp of the held log-ratio."""
-    if OBJECTIVE == "ppo_clip":
-        loss, derivative, dual = ppo_clip(ratio, advantage, low, high, delta, dual_clip)
+def sapo(ratio, advantage, positive, negative):
+    """ℓ = −A·(4/τ)·σ(τ·(r − 1)); d/dlog r = −A·4·σ·(1 − σ)·r, by e = exp(−|·|) so that nothing cancels."""
+    tau = tl.where(advantage > 0, positive, negative)
+    x = tau * (ratio - 1.0)
+    e = tl.exp(-tl.abs(x))
+    gate = tl.where(x < 0, e, 1.0) / (1.0 + e)
+    return -advantage * (4.0 / tau) * gate, -4.0 * advantage * ratio * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def vespo_weight(log_weight, advantage, k_positive, lambda_positive, k_negative, lambda_negative):
+    """φ(w)·A, φ = e^λ·w^k·e^(−λw), log w held to [log 1e-8, 20]."""
+    log_w = clip(log_weight, -18.420680743952367, 20.0)
+    k = tl.where(advantage < 0, k_negative, k_positive)
+    lam = tl.where(advantage < 0, lambda_negative, lambda_positive)
+    return tl.exp(lam + k * log_w - lam * tl.exp(log_w)) * advantage
+
+
+@triton.jit
+def dppo_shift(logp, old, DIVERGENCE: tl.constexpr):
+    """How far the token's probability has moved, signed: π − π_old, or the binary KL with the sign of the move."""
+    p, q = tl.exp(logp), tl.exp(old)
+    if DIVERGENCE == "dppo_tv":
+        shift = p - q
+    else:
+        kl = q * (old - logp) + (1.0 - q) * tl.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
+        shift = tl.where(logp > old, kl, tl.where(logp < old, -kl, logp - old))
+    return shift
+
+
+@triton.jit
+def prepare(gap, advantage, low, high, OBJECTIVE: tl.constexpr):
+    """(a token's own log-ratio as its sequence averages it, whether the derivative passes)."""
+    prepared = gap
+    if OBJECTIVE == "gmpo":
+        prepared = tl.where(advantage < 0, clip(gap, low, None), clip(gap, None, high))
+        prepared = tl.where(advantage == 0, 0.0, prepared)
+        passes = ((prepared < gap) | (prepared > gap) | (advantage == 0)) == 0
+    else:
+        passes = (gap < gap) == 0
+    return prepared, passes
+
+
+@triton.jit
+def objective(
+    x, ratio, logp, old, advantage, selected, log_weight, low, high, delta, dual_clip, p0, p1, p2, p3,
+    OBJECTIVE: tl.constexpr,
+):  # fmt: skip
+    """(loss, dloss/dx, dloss/dlogp, clipped low, clipped high, dual-clipped) of the named objective.
+
+    `x` is the held log-ratio, ratio = exp(x); `selected` and `log_weight` may be None where it does not read them;
+    low and high are its bounds, p0 to p3 its own numbers in the order of its definition.
+    """
+    zero = advantage * 0.0
+    falls, rises = advantage < 0, advantage > 0
+    never = falls & rises
+    low_flag, high_flag, dual = never, never, never
+    dx, dlogp = zero, zero
+    if OBJECTIVE == "ppo_clip" or OBJECTIVE == "clip_cov":
+        loss, dx, dual = ppo_clip(ratio, advantage, low, high, delta, dual_clip)
+        low_flag, high_flag = flags_outside(ratio, low, high, falls, rises)
+    elif OBJECTIVE == "cispo":
+        dlogp = -clip(ratio, low, high) * advantage
+        loss = dlogp * logp
+        low_flag, high_flag = flags_outside(ratio, low, high, falls, rises)
+    elif OBJECTIVE == "sapo":
+        loss, dx = sapo(ratio, advantage, p0, p1)
+    elif OBJECTIVE == "gmpo":
+        loss = -ratio * advantage
+        dx = loss
+        low_flag, high_flag = flags_outside(logp - old, low, high, falls, rises)
+    elif OBJECTIVE == "vespo":
+        dlogp = -vespo_weight(log_weight, advantage, p0, p1, p2, p3)
+        loss = dlogp * logp
+    elif OBJECTIVE == "dppo_tv" or OBJECTIVE == "dppo_kl":
+        low_flag, high_flag = flags_outside(dppo_shift(logp, old, OBJECTIVE), low, high, rises == 0, rises)
+        dropped = low_flag | high_flag
+        dlogp = tl.where(dropped, 0.0, -clip(ratio, None, p0) * advantage)
+        loss = tl.where(dropped, 0.0, dlogp * logp)
+    elif OBJECTIVE == "reinforce":
+        dlogp = -advantage
+        loss = dlogp * logp
+    elif OBJECTIVE == "importance_sampling":
+        loss = -ratio * advantage
+        dx = loss
+    elif OBJECTIVE == "topr":
+        dlogp = -tl.where(rises, 1.0, clip(ratio, None, p0)) * advantage
+        loss = dlogp * logp
+    elif OBJECTIVE == "dro":
+        loss = -(advantage * logp - 0.5 * p0 * x * x)
+        dx, dlogp = p0 * x, -advantage
+    elif OBJECTIVE == "kl_cov":
+        dx = -ratio * advantage
+        loss = dx + selected * p0 * tl.abs(x)
+        dx += selected * p0 * tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
     else:
         tl.static_assert(False, "unknown OBJECTIVE")
-    return loss, derivative, dual
-
-
-@triton.jit
-def k3(x):
-    """e⁻ˣ − 1 + x, never negative: its series below |x| = 0.5, where the subtraction would cancel."""
-    series = 1.0 / 720 - x * (1.0 / 5040) + x * x * (1.0 / 40320)
-    series = 1.0 / 24 - x * (1.0 / 120 - x * series)
-    series = x * x * (0.5 - x * (1.0 / 6 - x * series))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(-x) - 1.0 + x)
-
-
-@triton.jit
-def kl(x, bound, KL: tl.constexpr):
-    """(estimate, derivative, held) of the KL from x = logp − ref; only k3 takes an exp, so only its x is held."""
-    held = x != x
-    if KL == "k1":
-        value, derivative = x, tl.where(x == x, 1.0, x)
-    elif KL == "abs":
-        value, derivative = tl.abs(x), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
-    elif KL == "k2":
-        value, derivative = 0.5 * x * x, x
-    elif KL == "k3":
-        x, passes = hold(x, bound)
-        value = k3(x)
-        derivative = tl.where(passes, x - value, 0.0)
-        held = passes == 0
-    else:
-        tl.static_assert(False, "unknown KL")
-    return value, derivative, held
-
-
-@triton.jit
-def token_terms(
-    logp, delta_logp, log_ratio, advantage, ref, low, high, delta, dual_clip, bound, kl_coef,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr,
-):  # fmt: skip
-    """Everything of a token that needs no sequence: value and both derivatives.
-
-    Returns (loss without the KL, dloss/dlog_ratio, kl value, kl_coef·dkl/dlogp, ratio, held, dual). With `ref` None the
-    KL is 0, with `kl_coef` None it is only measured.
-    """
-    held_ratio, passes = hold(log_ratio, bound)
-    ratio = tl.exp(held_ratio)
-    loss, derivative, dual = objective(ratio, advantage, low, high, delta, dual_clip, OBJECTIVE)
-    derivative = tl.where(passes, derivative, 0.0)
-    held = passes == 0
-    if ref is not None:
-        kl_value, slope, kl_held = kl(logp - ref, bound, KL)
-    else:
-        kl_value, slope, kl_held = tl.zeros_like(logp), tl.zeros_like(logp), held
-    if kl_coef is not None:
-        dkl = kl_coef * slope
-        held = held | kl_held
-    else:
-        dkl = tl.zeros_like(logp)
-    return loss, derivative, kl_value, dkl, ratio, held, dual
+    return loss, dx, dlogp, low_flag, high_flag, dual

@@ -15,16 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .correction_fns import bounded_weight, divergence, log_of_weight, log_rho, outside
 from .groups import group_advantage
+from .kl_fns import hold, k3
 from .logprob import as_bytes
-from .objective_fns import hold, k3, token_terms
+from .objective_fns import prepare
+from .token_fns import token_rollout_weight, token_terms
 from .tune import PER_ROW, on_device, token_config
 
 STATISTICS = (
     "clip_low", "clip_high", "dual_clip", "clamped", "ratio", "ratio_square", "approx_kl", "approx_kl_k3", "ref_kl",
-    "entropy", "rollout_weight", "ratio_min", "ratio_max",
+    "entropy", "rollout_weight", "rollout_weight_square", "rollout_ratio_square", "rejected", "ratio_min", "ratio_max",
 )  # fmt: skip
-_COLUMNS = 16  # the loss, then STATISTICS, padded to a power of two
+_COLUMNS = 32  # the loss, then STATISTICS, padded to a power of two
 _MIN_COLUMN = tl.constexpr(1 + STATISTICS.index("ratio_min"))
 _MAX_COLUMN = tl.constexpr(1 + STATISTICS.index("ratio_max"))
 
@@ -67,30 +70,130 @@ def masked_sum(values, valid):
     return tl.sum(tl.where(valid, values.to(tl.float32), 0.0), 0)
 
 
+@triton.jit
+def valid_tokens(mask_ptr, offs, stop):
+    """Which of the tokens count."""
+    valid = offs < stop
+    if mask_ptr is not None:
+        valid = tl.load(mask_ptr + offs, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def load_advantage(
+    advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, eps,
+    PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The advantages of some tokens: given per token or sequence, or from their group's rewards."""
+    if PER_TOKEN_ADVANTAGE:
+        advantage = load_or(advantages_ptr, offs, valid, 0.0)
+    elif advantages_ptr is not None:
+        advantage = load_or(advantages_ptr, sequence, valid, 0.0)
+    else:
+        advantage = group_advantage(rewards_ptr, sequence + first_sequence, valid, G, eps, BASELINE, SCALE)
+    return advantage
+
+
+@triton.jit
+def load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid):
+    """(logp, logp − old, rollout); without old log-probs the old policy is this one, without rollout ones the sampler
+    is the old policy."""
+    logp = tl.load(logp_ptr + offs, mask=valid, other=0.0)
+    gap = logp * 0.0
+    if old_ptr is not None:
+        gap = logp - load_or(old_ptr, offs, valid, 0.0)
+    rollout = logp - gap
+    if rollout_ptr is not None:
+        rollout = load_or(rollout_ptr, offs, valid, 0.0)
+    return logp, gap, rollout
+
+
+@triton.jit
+def sequence_numbers(
+    logp_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, rollout_ptr, lengths_ptr,
+    i, start, stop, G, first_sequence,
+    low, high, bound, lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
+    OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, FOLDS: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, REJECT_LEVEL: tl.constexpr,
+    PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a token needs of its whole sequence i, in one pass over it: (length, log-ratio, rollout weight, 1 if it is
+    rejected, mean of behaviour − logp, log-weight of an objective that weighs sequences)."""
+    length = tl.maximum(tl.load(lengths_ptr + i), 1.0)
+    gaps, rhos, diverged, behaviour, log_weight = length * 0.0, length * 0.0, length * 0.0, length * 0.0, length * 0.0
+    most = length * 0.0 - float("inf")
+    for at in range(start, stop, BLOCK_N):
+        offs = at + tl.arange(0, BLOCK_N)
+        valid = valid_tokens(mask_ptr, offs, stop)
+        logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
+        prepared = gap
+        if OBJECTIVE == "gmpo":
+            advantage = load_advantage(
+                advantages_ptr, rewards_ptr, offs, i + offs * 0, first_sequence, valid, G, advantage_eps,
+                PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
+            )  # fmt: skip
+            prepared, _ = prepare(gap, advantage, low, high, OBJECTIVE)
+        gaps += masked_sum(prepared, valid)
+        if CORRECTION != "off":
+            rhos += masked_sum(log_rho(logp - gap, rollout), valid)
+        if REJECT != "off" and REJECT_LEVEL != "token":
+            parted = divergence(logp - gap, rollout, bound, REJECT)
+            diverged += masked_sum(parted, valid)
+            most = tl.maximum(most, tl.max(tl.where(valid, parted, -float("inf")), 0))
+        if off_policy is not None:
+            behaviour += masked_sum(tl.where(rollout == rollout, rollout - logp, 0.0), valid)
+        if FOLDS:
+            held_gap, _ = hold(gap, bound)
+            log_weight += masked_sum(held_gap, valid)
+            if CORRECTION == "token":
+                weight = bounded_weight(log_rho(logp - gap, rollout), bound, lower, upper, MODE)
+                log_weight += masked_sum(log_of_weight(weight), valid)
+    log_ratio = gaps if LEVEL == "sequence_sum" else gaps / length
+    weight = length * 0.0 + 1.0
+    if CORRECTION == "sequence":
+        weight = bounded_weight(rhos, bound, lower, upper, MODE)
+    elif CORRECTION == "geometric":
+        weight = bounded_weight(rhos / length, bound, lower, upper, MODE)
+    if FOLDS and CORRECTION == "sequence":
+        log_weight += log_of_weight(weight)
+    rejected = length < 0
+    if REJECT_LEVEL == "sequence-mean":
+        rejected = outside(diverged / length, reject_lower, reject_upper)
+    elif REJECT_LEVEL == "sequence-sum":
+        rejected = outside(diverged, reject_lower, reject_upper)
+    elif REJECT_LEVEL == "sequence-max":
+        rejected = outside(most, reject_lower, reject_upper)
+    return length, log_ratio, weight, rejected.to(tl.float32), behaviour / length, log_weight
+
+
 _POINTERS = [
-    *PER_ROW, "rewards_ptr", "rollout_ptr", "sequence_ptr", "cu_ptr", "lengths_ptr", "denominator_ptr", "loss_ptr",
-    "statistics_ptr", "partials_ptr", "ticket_ptr",
+    *PER_ROW, "rewards_ptr", "sequence_ptr", "cu_ptr", "lengths_ptr", "denominator_ptr", "loss_ptr",
+    "statistics_ptr", "partials_ptr", "ticket_ptr", "selected_ptr",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "T", "G", "first_sequence"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
     logp_ptr, entropy_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, ref_ptr, rollout_ptr,
-    sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
+    policy_weights_ptr, selected_ptr, sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
     loss_ptr, statistics_ptr, dlogp_ptr, dentropy_ptr, partials_ptr, ticket_ptr,
 
     N, T, G, first_sequence,
 
-    weight_scale, low, high, delta, dual_clip, bound, kl_coef, entropy_coef, advantage_eps,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, SEQUENCE_LEVEL: tl.constexpr, PER_SEQUENCE_MEAN: tl.constexpr,
-    PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr,
+    weight_scale, low, high, delta, dual_clip, bound, kl_coef, kl_clamp, entropy_coef, p0, p1, p2, p3,
+    lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr, LEVEL: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr, FOLDS: tl.constexpr, READS_SELECTED: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, REJECT_LEVEL: tl.constexpr,
+    PER_SEQUENCE_MEAN: tl.constexpr, PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """At most 25 bytes read per token (logp, old, ref, rollout, entropy, advantage, mask) and 8 written; a sequence
-    level ratio reads logp, old and advantage twice more. Masked tokens are not read. Nothing of [N, V] is touched."""
+    """At most 33 bytes read per token (logp, old, ref, rollout, entropy, advantage, two weights, mask) and 8 written.
+    What depends on the sequence reads logp, old, rollout and mask once more, a ratio whose gradient goes through the
+    sequence everything once more again. Masked tokens are not read. Nothing of [N, V] is touched."""
     pid = tl.program_id(0).to(tl.int64)
     start, stop = pid * BLOCK_N, N.to(tl.int64)
-    if SEQUENCE_LEVEL:
+    if BY_SEQUENCE:
         if cu_ptr is not None:
             start, stop = tl.load(cu_ptr + pid), tl.load(cu_ptr + pid + 1)
         else:
@@ -99,106 +202,108 @@ def _policy_fwd_kernel(
         stop = tl.minimum(start + BLOCK_N, stop)
     offs_n = tl.arange(0, BLOCK_N)
 
-    sequence_log_ratio, through_mean = 0.0, 0.0
-    if SEQUENCE_LEVEL:
-        # One sequence: its advantage and weight are scalars, taken once.
-        whole = pid >= 0
-        if advantages_ptr is None:
-            shared_advantage = group_advantage(
-                rewards_ptr, pid + first_sequence, whole, G, advantage_eps, BASELINE, SCALE
-            )
-        elif not PER_TOKEN_ADVANTAGE:
-            shared_advantage = tl.load(advantages_ptr + pid).to(tl.float32)
-        shared_weight = token_weight(pid, whole, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
-        length = tl.maximum(tl.load(lengths_ptr + pid), 1.0)
-        gap = 0.0
-        for at in range(start, stop, BLOCK_N):
-            offs = at + offs_n
-            valid = offs < stop
-            if mask_ptr is not None:
-                valid = tl.load(mask_ptr + offs, mask=valid, other=0) != 0
-            if old_ptr is not None:
-                logp = tl.load(logp_ptr + offs, mask=valid, other=0.0)
-                gap += masked_sum(logp - load_or(old_ptr, offs, valid, 0.0), valid)
-            else:
-                gap += masked_sum(tl.load(logp_ptr + offs, mask=valid, other=0.0) * 0.0, valid)
-        sequence_log_ratio = gap / length
+    length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = 1.0, 0.0, 1.0, 0.0, 0.0, 0.0
+    if BY_SEQUENCE:
+        length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = sequence_numbers(
+            logp_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, rollout_ptr, lengths_ptr,
+            pid, start, stop, G, first_sequence,
+            low, high, bound, lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
+            OBJECTIVE, LEVEL, FOLDS, CORRECTION, MODE, REJECT, REJECT_LEVEL,
+            PER_TOKEN_ADVANTAGE, BASELINE, SCALE, BLOCK_N,
+        )  # fmt: skip
 
-    # The sums of this program. With a sequence-level ratio a first pass collects Σ w·dℓ/dlog s, which every token of
-    # the sequence shares; the second pass writes.
-    sum_loss, sum_low, sum_high, sum_dual, sum_held = 0.0, 0.0, 0.0, 0.0, 0.0
-    sum_ratio, sum_square, sum_kl, sum_k3, sum_ref, sum_entropy, sum_rollout = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    # The sums of this program. Where the ratio's gradient goes through the sequence, a first pass collects
+    # Σ w·dℓ/dlog s, which every token of the sequence shares; the second pass writes.
+    through = 0.0
+    sum_loss, sum_low, sum_high, sum_dual, sum_held, sum_rejected = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    sum_ratio, sum_square, sum_kl, sum_k3, sum_ref, sum_entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    sum_weight, sum_weight_square, sum_rho_square = 0.0, 0.0, 0.0
     ratio_min, ratio_max = float("inf"), -float("inf")
-    for step in tl.static_range(0, 2 if SEQUENCE_LEVEL else 1):
+    for step in tl.static_range(0, 2 if LEVEL == "sequence" or LEVEL == "sequence_sum" else 1):
         for at in range(start, stop, BLOCK_N):
             offs = at + offs_n
-            valid = offs < stop
-            if mask_ptr is not None:
-                valid = tl.load(mask_ptr + offs, mask=valid, other=0) != 0
-            logp = tl.load(logp_ptr + offs, mask=valid, other=0.0)
-            if not SEQUENCE_LEVEL:
+            valid = valid_tokens(mask_ptr, offs, stop)
+            logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
+            sequence = pid + offs * 0
+            if not BY_SEQUENCE:
                 sequence = sequence_of(offs, sequence_ptr, T, valid)
-            if PER_TOKEN_ADVANTAGE:
-                advantage = load_or(advantages_ptr, offs, valid, 0.0)
-            elif SEQUENCE_LEVEL:
-                advantage = shared_advantage + tl.zeros((BLOCK_N,), tl.float32)
-            elif advantages_ptr is not None:
-                advantage = load_or(advantages_ptr, sequence, valid, 0.0)
-            else:
-                advantage = group_advantage(
-                    rewards_ptr, sequence + first_sequence, valid, G, advantage_eps, BASELINE, SCALE
-                )
-            if SEQUENCE_LEVEL:
-                weight = tl.where(valid, shared_weight, 0.0)
-            else:
-                weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
-            gap_t = logp * 0.0
-            if old_ptr is not None:
-                gap_t = logp - load_or(old_ptr, offs, valid, 0.0)
-            log_ratio = gap_t
-            if SEQUENCE_LEVEL:
-                log_ratio = gap_t * 0.0 + sequence_log_ratio
+            advantage = load_advantage(
+                advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, advantage_eps,
+                PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
+            )  # fmt: skip
+            weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+            log_ratio = gap
+            if LEVEL != "token":
+                log_ratio = gap * 0.0 + sequence_log_ratio
+
+            rollout_weight, rejected = token_rollout_weight(
+                logp - gap, rollout, bound, lower, upper, reject_lower, reject_upper,
+                CORRECTION, MODE, REJECT, REJECT_LEVEL,
+            )  # fmt: skip
+            if BY_SEQUENCE:
+                # The interpreter cannot broadcast a scalar condition to a block, hence sums of numbers.
+                rollout_weight *= sequence_weight
+                rejected = rejected | (tl.zeros((BLOCK_N,), tl.float32) + sequence_rejected > 0)
+            if policy_weights_ptr is not None:
+                rollout_weight = load_or(policy_weights_ptr, offs, valid, 0.0)
+            rollout_weight = tl.where(rejected, 0.0, rollout_weight)
+            if not FOLDS:
+                rejected = rejected | (rollout_weight == 0)
+            if off_policy is not None:
+                rejected = rejected | ((advantage < 0) & (advantage * 0.0 + behaviour > off_policy))
+            factor, selected = None, None
+            if CORRECTION != "off" or policy_weights_ptr is not None or off_policy is not None:
+                factor = tl.where(rejected, 0.0, logp * 0.0 + 1.0 if FOLDS else rollout_weight)
+            if selected_ptr is not None:
+                selected = load_or(selected_ptr, offs, valid, 0.0)
+                if not READS_SELECTED:
+                    factor = selected if factor is None else selected * factor
             ref = load_or(ref_ptr, offs, valid, 0.0)
-            loss, dratio, kl_value, dkl, ratio, held, dual = token_terms(
-                logp, gap_t, log_ratio, advantage, ref, low, high, delta, dual_clip, bound, kl_coef, OBJECTIVE, KL
-            )
-            if SEQUENCE_LEVEL and step == 0:
-                through_mean += masked_sum(weight * dratio, valid) / length
+            loss, dratio, dlogp, kl_value, ratio, held, low_flag, high_flag, dual = token_terms(
+                logp, gap, log_ratio, advantage, ref, factor, selected, log_weight,
+                low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
+            )  # fmt: skip
+            if (LEVEL == "sequence" or LEVEL == "sequence_sum") and step == 0:
+                through += masked_sum(weight * dratio, valid)
             else:
-                if SEQUENCE_LEVEL:
-                    dlogp = through_mean + weight * dkl
+                if LEVEL == "sequence" or LEVEL == "sequence_sum":
+                    _, passes = prepare(gap, advantage, low, high, OBJECTIVE)
+                    shared = through / length if LEVEL == "sequence" else through
+                    dlogp = tl.where(passes, shared, 0.0) + weight * dlogp
                 else:
-                    dlogp = weight * (dratio + dkl)
+                    dlogp = weight * (dratio + dlogp)
                 written = offs < stop
                 if dlogp_ptr is not None:
                     dlogp = tl.where(valid, tl.where(logp == logp, dlogp, float("nan")), 0.0)
                     tl.store(dlogp_ptr + offs, dlogp, mask=written)
                 if dentropy_ptr is not None:
                     tl.store(dentropy_ptr + offs, -entropy_coef * weight, mask=written)
-                if kl_coef is not None:
-                    loss += kl_coef * kl_value
                 if entropy_ptr is not None:
                     entropy = load_or(entropy_ptr, offs, valid, 0.0)
                     sum_entropy += masked_sum(entropy, valid)
                     if entropy_coef is not None:
                         loss -= entropy_coef * entropy
                 sum_loss += masked_sum(weight * loss, valid)
-                if low is not None:
-                    sum_low += masked_sum((ratio < low) & (advantage < 0), valid)
-                if high is not None:
-                    sum_high += masked_sum((ratio > high) & (advantage > 0), valid)
+                sum_low += masked_sum(low_flag, valid)
+                sum_high += masked_sum(high_flag, valid)
                 sum_dual += masked_sum(dual, valid)
                 sum_held += masked_sum(held, valid)
                 sum_ratio += masked_sum(ratio, valid)
                 sum_square += masked_sum(ratio * ratio, valid)
-                sum_kl += masked_sum(-gap_t, valid)
-                held_gap, _ = hold(-gap_t, bound)
+                sum_kl += masked_sum(-gap, valid)
+                held_gap, _ = hold(-gap, bound)
                 sum_k3 += masked_sum(k3(held_gap), valid)
                 sum_ref += masked_sum(kl_value, valid)
                 if rollout_ptr is not None:
-                    rollout = load_or(rollout_ptr, offs, valid, 0.0)
-                    held_gap, _ = hold(logp - gap_t - rollout, bound)
-                    sum_rollout += masked_sum(tl.where(rollout == rollout, tl.exp(held_gap), 1.0), valid)
+                    held_gap, _ = hold(log_rho(logp - gap, rollout), bound)
+                    rho = tl.exp(held_gap)
+                    sum_rho_square += masked_sum(rho * rho, valid)
+                    if CORRECTION == "off" and policy_weights_ptr is None:
+                        rollout_weight = rho
+                if rollout_ptr is not None or policy_weights_ptr is not None:
+                    sum_weight += masked_sum(rollout_weight, valid)
+                    sum_weight_square += masked_sum(rollout_weight * rollout_weight, valid)
+                sum_rejected += masked_sum(rejected, valid)
                 ratio_min = tl.minimum(ratio_min, tl.min(tl.where(valid, ratio, float("inf")), 0))
                 ratio_max = tl.maximum(ratio_max, tl.max(tl.where(valid, ratio, -float("inf")), 0))
 
@@ -214,9 +319,12 @@ def _policy_fwd_kernel(
     tl.store(row_ptr + 8, sum_k3)
     tl.store(row_ptr + 9, sum_ref)
     tl.store(row_ptr + 10, sum_entropy)
-    tl.store(row_ptr + 11, sum_rollout)
-    tl.store(row_ptr + 12, ratio_min)
-    tl.store(row_ptr + 13, ratio_max)
+    tl.store(row_ptr + 11, sum_weight)
+    tl.store(row_ptr + 12, sum_weight_square)
+    tl.store(row_ptr + 13, sum_rho_square)
+    tl.store(row_ptr + 14, sum_rejected)
+    tl.store(row_ptr + 15, ratio_min)
+    tl.store(row_ptr + 16, ratio_max)
     # All stores of this program must be visible before its ticket is.
     tl.debug_barrier()
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
@@ -276,6 +384,8 @@ def policy_loss_fwd(
     old: Tensor | None,  # (N,) fp32, as the next two
     ref: Tensor | None,
     rollout: Tensor | None,
+    policy_weights: Tensor | None,
+    selected: Tensor | None,
     sequence_ids: Tensor | None,  # (N,) int32, packed
     cu_seqlens: Tensor | None,  # (S + 1,) int64, packed
     lengths: Tensor,  # (S,) fp32 valid tokens
@@ -290,9 +400,9 @@ def policy_loss_fwd(
     dentropy: Tensor | None,  # (N,) fp32, written
 ) -> tuple[Tensor, Tensor]:
     """The loss (0-d) and the statistics (len(STATISTICS),); derivatives into `dlogp` and `dentropy` if given."""
-    config = token_config(structure["SEQUENCE_LEVEL"])
+    config = token_config(structure["BY_SEQUENCE"])
     N, S = logp.shape[0], lengths.shape[0]
-    programs = S if structure["SEQUENCE_LEVEL"] else triton.cdiv(N, config.block_n)
+    programs = S if structure["BY_SEQUENCE"] else triton.cdiv(N, config.block_n)
     loss = torch.empty((), dtype=torch.float32, device=logp.device)
     statistics = torch.empty(len(STATISTICS), dtype=torch.float32, device=logp.device)
     if programs == 0 or N == 0:
@@ -305,7 +415,7 @@ def policy_loss_fwd(
     with on_device(logp):
         _policy_fwd_kernel[(programs,)](
             logp, entropy, as_bytes(mask), advantages, rewards, old, ref, rollout,
-            sequence_ids, cu_seqlens, lengths, denominator,
+            policy_weights, selected, sequence_ids, cu_seqlens, lengths, denominator,
             loss, statistics, dlogp, dentropy, partials, _ticket(logp.device),
             N, width, group_size, first_sequence, **numbers, **structure,
             PER_TOKEN_ADVANTAGE=per_token_advantages,

@@ -11,6 +11,7 @@ import triton
 
 PER_ROW = [
     "ids_ptr", "mask_ptr", "rows_ptr", "temperature_ptr", "advantages_ptr", "weights_ptr", "old_ptr", "ref_ptr",
+    "rollout_ptr", "policy_weights_ptr",
     "logp_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr", "dlogp_ptr", "dentropy_ptr",
 ]  # fmt: skip
 """Pointers that a row kernel reads one number from. Their alignment changes with N and with views of them, and must not
@@ -47,8 +48,8 @@ def row_config(vocab_size: int, softcap: bool = False, warp_size: int = 0) -> Ro
 
 
 def token_config(by_sequence: bool = False) -> TokenConfig:
-    """Four tokens per thread, two for a whole sequence, whose loop holds more: what compiles without spills."""
-    return TokenConfig(block_n=512, num_warps=8 if by_sequence else 4)
+    """Two tokens per thread: what compiles without spills; twice the threads for a program that takes a sequence."""
+    return TokenConfig(block_n=512, num_warps=8) if by_sequence else TokenConfig(block_n=256, num_warps=4)
 
 
 def _warp_size() -> int:

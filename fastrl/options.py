@@ -1,0 +1,121 @@
+"""The named options of a `LossSpec`, and the checks of its numbers. No torch."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Any
+
+
+class Option(str, Enum):
+    """A string enum whose members compare equal to, and print as, their value (`StrEnum` needs Python 3.11)."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class RatioLevel(Option):
+    TOKEN = "token"
+    """r_t = exp(logp_t - old_t)."""
+    SEQUENCE = "sequence"
+    """s = exp(mean over the sequence of logp_t - old_t), shared by its tokens, gradient through the mean (GSPO)."""
+    SEQUENCE_TOKEN = "sequence_token"
+    """The value of `sequence`, the gradient of the token's own log-prob: sg(s)·π/sg(π) (GSPO-token)."""
+    SEQUENCE_SUM = "sequence_sum"
+    """s = exp(sum over the sequence), the probability ratio of the whole answer (RLOO)."""
+
+
+class KLEstimator(Option):
+    K1 = "k1"
+    ABS = "abs"
+    K2 = "k2"
+    K3 = "k3"
+
+
+class KLGradient(Option):
+    PLAIN = "plain"
+    """Differentiate the estimator as it stands."""
+    IMPORTANCE_WEIGHTED = "importance_weighted"
+    """Multiply it by the ratio, at the spec's level and not detached (TRL's bias correction)."""
+    STRAIGHT_THROUGH = "straight_through"
+    """The estimator's value, the gradient of k2 (verl's "k3+")."""
+
+
+class Aggregation(Option):
+    TOKEN_MEAN = "token-mean"
+    SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+    SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
+    SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
+    TOKEN_SUM = "token-sum"
+
+
+class AdvantageBaseline(Option):
+    MEAN = "mean"
+    LEAVE_ONE_OUT = "leave-one-out"
+    NONE = "none"
+
+
+class AdvantageScale(Option):
+    GROUP = "group"
+    BATCH = "batch"
+    NONE = "none"
+
+
+class CorrectionLevel(Option):
+    TOKEN = "token"
+    """ρ_t of the token itself."""
+    SEQUENCE = "sequence"
+    """The product over the sequence, exp(Σ log ρ)."""
+    GEOMETRIC = "geometric"
+    """Its geometric mean, exp(mean log ρ)."""
+
+
+class CorrectionMode(Option):
+    TRUNCATE = "truncate"
+    """Hold the weight to [lower, upper] (truncated importance sampling)."""
+    MASK = "mask"
+    """Keep it as it is inside [lower, upper], 0 outside (IcePop, sequence masks)."""
+
+
+class Divergence(Option):
+    K1 = "k1"
+    """−log ρ."""
+    K2 = "k2"
+    """(log ρ)²/2."""
+    K3 = "k3"
+    """ρ − 1 − log ρ."""
+    TV = "tv"
+    """|π_old − π_rollout| of the token, the total variation between "this token" and "another"."""
+    BINARY_KL = "binary_kl"
+    """KL(rollout ‖ old) between those two outcomes."""
+
+
+class DivergenceLevel(Option):
+    TOKEN = "token"
+    SEQUENCE_MEAN = "sequence-mean"
+    SEQUENCE_SUM = "sequence-sum"
+    SEQUENCE_MAX = "sequence-max"
+
+
+def option(enum: type[Option], value: Any, name: str) -> Any:
+    """`value` as a member of `enum`, or a ValueError that lists the accepted names."""
+    try:
+        return enum(value)
+    except ValueError:
+        accepted = ", ".join(repr(str(member)) for member in enum)
+        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}") from None
+
+
+def check_number(name: str, value: Any, lowest: float, *, inclusive: bool = True, optional: bool = False) -> None:
+    """Raise unless `value` is a finite number from `lowest` on (or None, if that is allowed)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number{' or None' * optional}, got {value!r}")
+    if not math.isfinite(value) or value < lowest or (value == lowest and not inclusive):
+        raise ValueError(f"{name}: expected a finite number {'≥' if inclusive else '>'} {lowest:g}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")

@@ -1,0 +1,59 @@
+"""What a token adds to the loss, from its own numbers and those of its sequence: inlined by the token kernel and by the
+one-pass kernel."""
+
+import triton
+import triton.language as tl
+
+from .correction_fns import bounded_weight, divergence, log_rho, outside
+from .kl_fns import hold, kl_terms
+from .objective_fns import objective
+
+
+@triton.jit
+def token_rollout_weight(
+    old, rollout, bound, lower, upper, reject_lower, reject_upper,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, REJECT_LEVEL: tl.constexpr,
+):  # fmt: skip
+    """(importance weight, rejected) of what the token decides by itself."""
+    if CORRECTION == "token":
+        weight = bounded_weight(log_rho(old, rollout), bound, lower, upper, MODE)
+    else:
+        weight = old * 0.0 + 1.0
+    rejected = old < old
+    if REJECT != "off" and REJECT_LEVEL == "token":
+        rejected = outside(divergence(old, rollout, bound, REJECT), reject_lower, reject_upper)
+    return weight, rejected
+
+
+@triton.jit
+def token_terms(
+    logp, gap, log_ratio, advantage, ref, factor, selected, log_weight,
+    low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Everything of a token once its log-ratio and the `factor` of its policy term are known: value and derivatives.
+
+    Returns (policy loss + kl_coef·KL, derivative through log_ratio, derivative by logp, KL, ratio, held, clipped low,
+    clipped high, dual). With `ref` None the KL is 0, with `kl_coef` None it is only measured; a `factor` of None is 1.
+    """
+    x, passes = hold(log_ratio, bound)
+    ratio = tl.exp(x)
+    loss, dx, dlogp, low_flag, high_flag, dual = objective(
+        x, ratio, logp, logp - gap, advantage, selected, log_weight, low, high, delta, dual_clip, p0, p1, p2, p3,
+        OBJECTIVE,
+    )  # fmt: skip
+    if factor is not None:
+        kept = (factor == 0) == 0
+        loss = tl.where(kept, factor * loss, logp * 0.0)
+        dx = tl.where(kept, factor * dx, 0.0)
+        dlogp = tl.where(kept, factor * dlogp, 0.0)
+    held = passes == 0
+    value = logp * 0.0
+    if ref is not None:
+        value, through, slope, kl_held = kl_terms(logp - ref, ratio, bound, kl_clamp, KL, KL_GRADIENT)
+        if kl_coef is not None:
+            loss += kl_coef * value
+            dx += kl_coef * through
+            dlogp += kl_coef * slope
+            held = held | kl_held
+    return loss, tl.where(passes, dx, 0.0), dlogp, value, ratio, held, low_flag, high_flag, dual
