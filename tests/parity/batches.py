@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,11 +112,14 @@ class Result:
         return cls(loss.detach(), *filled)
 
     def distance(self, other: Result) -> float:
-        """The largest relative error of the three, each against its own largest entry; NaN where only one has it."""
+        """The largest relative error of the three, each against its own largest entry (the loss, whose terms cancel,
+        against that of the gradient if it is larger); infinite if any is NaN."""
         errors = []
-        for mine, theirs in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True):
-            mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
+        for name in ("loss", "dlogps", "dentropy"):
+            mine, theirs = (getattr(x, name).detach().double().cpu() for x in (self, other))
             scale = max(theirs.abs().max().item(), 1e-3)
+            if name == "loss":
+                scale = max(scale, other.dlogps.abs().max().item())
             errors.append((mine - theirs).abs().max().item() / scale)
         return max(errors) if all(error == error for error in errors) else float("inf")
 

@@ -56,7 +56,7 @@ def test_entropy_bonus_differs(loss_type):
     batch = case.make_batch()
     theirs = trl_loss(loss_type=loss_type, entropy_coef=coef, **epsilon)(batch)
     ours = case.ours(batch)
-    bonus = coef * batch.mask / batch.tokens
+    bonus = coef * batch.mask.double() / batch.tokens
     torch.testing.assert_close(theirs.dentropy, -bonus, rtol=1e-12, atol=0)
     theirs.loss += (bonus * batch.entropy).sum()
     theirs.dentropy += bonus
