@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from common import ACCELERATOR, BACKENDS
 from torch import Tensor
 
 import fastrl
@@ -97,6 +100,16 @@ def make_batch(
     )
 
 
+def everywhere(cases: dict[str, Case], in_interpreter: Callable[[str], bool] = lambda name: True):
+    """Parameters (case, engine): every case in float64 and on every GPU, and some in Triton's slow interpreter."""
+    return [
+        pytest.param(case, *engine.values, id=f"{name}-{engine.id}", marks=engine.marks)
+        for name, case in cases.items()
+        for engine in BACKENDS
+        if engine.id != "triton" or ACCELERATOR != "cpu" or in_interpreter(name)
+    ]
+
+
 @dataclass
 class Result:
     """A loss and its derivatives by log-prob and entropy."""
@@ -138,6 +151,17 @@ class Case:
 
     def make_batch(self) -> Batch:
         return make_batch(**self.batch)
+
+    @functools.cached_property
+    def expected(self) -> Result:
+        """The peer's result, computed once."""
+        return self.theirs(self.make_batch())
+
+    def check(self, engine: tuple[str, str]) -> None:
+        """Assert that both agree, to rounding in the engine's dtype."""
+        distance = self.ours(self.make_batch(), engine).distance(self.expected)
+        bar = self.rtol if engine[0] == "torch" else max(self.rtol, 2e-5)
+        assert distance <= bar, f"{distance:.3g}"
 
     def loss_spec(self) -> fastrl.LossSpec:
         options = dict(self.spec)
