@@ -47,7 +47,7 @@ class Definition(NamedTuple):
     reads: tuple[str, ...]
     """Which of epsilon_low, epsilon_high, delta and dual_clip it reads; the others must stay at their defaults."""
     numbers: tuple[str, ...]
-    """Its own numbers, at most four, in the order in which the kernel takes them."""
+    """Its own numbers, those that the kernel takes first (at most four) and in its order."""
     centre: float
     """Its bounds are centre − epsilon_low and centre + epsilon_high."""
     flags: Callable[[Terms, Any], Flags] | None

@@ -106,6 +106,26 @@ class Rollouts:
         }
         return dataclasses.replace(self, **moved)
 
+    def corrected(self, spec: LossSpec) -> Rollouts:
+        """These rollouts with the correction of `spec` that depends on the whole batch applied: its weights as
+        `rollout_weights`, excluded tokens out of the mask.
+
+        Split the result instead of the batch itself, and use it with `spec.replace(rollout=None)`: micro-batches then
+        share the normalised weights and the second moment of all of them.
+
+        Raises:
+            ValueError: the spec has no such correction, or old_logps or rollout_logps are missing.
+        """
+        if spec.rollout is None or not spec.rollout.by_batch:
+            expected = "a spec with normalize, second_moment or rejected_in_denominator=False"
+            _checks.refuse("spec", expected, repr(spec.rollout), "other corrections need no whole batch")
+        for name in ("old_logps", "rollout_logps"):
+            if getattr(self, name) is None:
+                _checks.refuse(name, "log-probs, to correct from", "None")
+        flat = correct_batch(self.flat, spec)
+        mask = None if flat.mask is None else flat.mask.view(self.shape)
+        return dataclasses.replace(self, mask=mask, rollout_weights=flat.policy_weights.view(self.shape))
+
     def split(self, n: int) -> list[Rollouts]:
         """`n` micro-batches of consecutive sequences, as equal as possible.
 

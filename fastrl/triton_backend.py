@@ -34,7 +34,8 @@ def _numbers(spec: LossSpec) -> dict[str, float | None]:
     definition = spec.definition
     assert definition is not None  # a custom objective never comes here
     low, high = bounds(spec)
-    own = [getattr(spec, name) for name in definition.numbers] + 4 * [None]
+    taken = kernels.OBJECTIVES[str(spec.objective)].numbers
+    own = [getattr(spec, name) for name in definition.numbers[:taken]] + 4 * [None]
     how = _correction(spec)
     values = {
         "low": low if "epsilon_low" in definition.reads else None,

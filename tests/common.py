@@ -82,7 +82,7 @@ OPTIONS: dict[str, LossSpec] = {
 
 
 _R = fastrl.RolloutCorrection
-# The same for options that need rollout log-probs, which `make_batch(rollout=True)` gives with log ρ near ±0.1.
+# The same for options that need rollout log-probs, which `make_batch` gives with log ρ near ±0.1.
 ROLLOUT_OPTIONS: dict[str, LossSpec] = {
     "truncate": fastrl.DAPO.replace(rollout=_R(upper=1.05)),
     "two-sided": fastrl.CISPO.replace(rollout=_R(lower=0.95, upper=1.1)),
@@ -115,6 +115,23 @@ ROLLOUT_OPTIONS: dict[str, LossSpec] = {
     "kl-cov-rollout": fastrl.KL_COV.replace(rollout=_R(upper=1.05), kl_cov_fraction=0.3),
     "top-entropy-rollout": fastrl.DAPO.replace(rollout=_R(mode="mask", upper=1.1), top_entropy_quantile=0.5),
 }
+
+EVERY_OPTION = {**OPTIONS, **ROLLOUT_OPTIONS}
+# One spec for each way through the code (plan, ratio level, correction, selection, normaliser): what a promise about
+# all of them is tested on. Formulas are tested on EVERY_OPTION.
+KINDS = {
+    name: EVERY_OPTION[name]
+    for name in (
+        "grpo", "dr_grpo", "gspo", "gspo-token-tight", "rloo", "gmpo-tight", "cispo", "sapo", "dro", "entropy", "k3",
+        "clip-cov-many", "kl-cov-many", "top-entropy", "batch-scale", "raw-rewards", "custom", "custom-sequence",
+        "importance-weighted-sequence", "icepop", "sequence-mask", "reject-k3-mean", "normalised", "second-moment",
+        "excluded", "vespo-token", "off-policy", "top-entropy-rollout",
+    )
+}  # fmt: skip
+# Of those, the ones whose tokens do not depend on other sequences of the batch.
+PARTITIONED = [
+    name for name, spec in KINDS.items() if not spec.by_batch and not (spec.rollout and spec.rollout.by_batch)
+]
 
 
 @dataclass
@@ -160,7 +177,7 @@ def make_batch(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     group_size: int = 2,
-    rollout: bool = False,
+    rollout: bool = True,
 ) -> Batch:
     """A batch with a holed mask, one fully masked sequence, and garbage wherever the mask is 0."""
     g = torch.Generator().manual_seed(seed)

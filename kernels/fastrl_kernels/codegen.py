@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import fused, groups, logprob, policy, scale
+from .objective_fns import OBJECTIVES
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
 ARCHITECTURES = {
@@ -84,17 +85,12 @@ def _row_build(
 
 _NO_CORRECTION = {"CORRECTION": "off", "MODE": "truncate", "REJECT": "off"}
 _BOUNDS = ("lower", "upper", "reject_lower", "reject_upper")
-_NUMBERS = {  # objective: how many of p0 to p3 it takes
-    "ppo_clip": 0, "cispo": 0, "sapo": 2, "gmpo": 0, "vespo": 4, "dppo_tv": 1, "dppo_kl": 1, "reinforce": 0,
-    "importance_sampling": 0, "topr": 1, "dro": 1, "clip_cov": 0, "kl_cov": 1,
-}  # fmt: skip
-_ONE_PASS = tuple(name for name in _NUMBERS if name not in ("gmpo", "vespo", "clip_cov", "kl_cov"))
 
 
 def _objective(name: str, kl: str = "k3", gradient: str = "plain") -> tuple[dict[str, Any], tuple[str, ...]]:
     """Constexprs of an objective without a correction, and the numbers that are then absent."""
     constexprs = {"OBJECTIVE": name, "KL": kl, "KL_GRADIENT": gradient, **_NO_CORRECTION}
-    absent = tuple(f"p{i}" for i in range(_NUMBERS[name], 4))
+    absent = tuple(f"p{i}" for i in range(OBJECTIVES[name].numbers, 4))
     return constexprs, absent if name == "ppo_clip" else (*absent, "delta", "dual_clip")
 
 
@@ -122,8 +118,10 @@ def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
     for dtype in ("bf16", "fp32"):
         yield build(f"fused-grpo-{dtype}", names, (*own, *lean), dtype)
     yield build("fused-unbounded", names, (*own, *lean, "low", "high", "bound", "old_ptr"))
-    for objective in _ONE_PASS[1:]:
+    for objective in OBJECTIVES:
         constexprs, own = _objective(objective)
+        if objective == "ppo_clip" or not OBJECTIVES[objective].one_pass:
+            continue
         yield build(f"fused-{objective}", constexprs, (*own, *lean))
     corrected = tuple(name for name in lean if name not in uncorrected)
     for mode, reject in (("truncate", "off"), ("mask", "k3"), ("truncate", "binary_kl")):
@@ -166,14 +164,16 @@ def _policy_builds() -> Iterator[Build]:
                 changes = {**level, "BASELINE": baseline, "SCALE": scaling}
                 absent = (*(() if packed else padded), *(bare if full else lean))
                 yield _policy_build("-".join((*parts, baseline, scaling)), changes, absent)
-    special = {
-        "gmpo": sequence,
-        "vespo": {"BY_SEQUENCE": True, "FOLDS": True},
-        "kl_cov": {"READS_SELECTED": True},
-    }
-    for objective in _NUMBERS:
-        kept = tuple(name for name in bare if name != "selected_ptr" or objective != "kl_cov")
-        yield _policy_build(objective, {"OBJECTIVE": objective, **special.get(objective, {})}, (*padded, *kept))
+    for objective, device in OBJECTIVES.items():
+        kept = tuple(name for name in bare if name != "selected_ptr" or not device.reads_selected)
+        structure = {
+            "OBJECTIVE": objective,
+            "LEVEL": "sequence" if device.sequence_ratio else "token",
+            "BY_SEQUENCE": device.sequence_ratio or device.folds,
+            "FOLDS": device.folds,
+            "READS_SELECTED": device.reads_selected,
+        }
+        yield _policy_build(objective, structure, (*padded, *kept))
     for level in ("sequence_token", "sequence_sum"):
         yield _policy_build(level, {"LEVEL": level, "BY_SEQUENCE": True}, (*padded, *bare))
     yield from _corrected_policy_builds(padded)

@@ -4,8 +4,40 @@ Twins of the plain-torch specifications in `fastrl/objectives.py`; selected by a
 says what each takes and gives.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Device(NamedTuple):
+    """What the kernels need of an objective, for the builds that `codegen.py` compiles."""
+
+    numbers: int = 0
+    """How many of p0 to p3 it takes."""
+    one_pass: bool = True
+    """Whether a token's derivative depends on its own row alone, at the token level."""
+    sequence_ratio: bool = False
+    folds: bool = False
+    """Whether it takes the sequence's log-weight."""
+    reads_selected: bool = False
+
+
+OBJECTIVES = {
+    "ppo_clip": Device(),
+    "cispo": Device(),
+    "sapo": Device(numbers=2),
+    "gmpo": Device(one_pass=False, sequence_ratio=True),
+    "vespo": Device(numbers=4, one_pass=False, folds=True),
+    "dppo_tv": Device(numbers=1),
+    "dppo_kl": Device(numbers=1),
+    "reinforce": Device(),
+    "importance_sampling": Device(),
+    "topr": Device(numbers=1),
+    "dro": Device(numbers=1),
+    "clip_cov": Device(one_pass=False),
+    "kl_cov": Device(numbers=1, one_pass=False, reads_selected=True),
+}
 
 
 @triton.jit
