@@ -57,10 +57,10 @@ def make_batch(
     old: bool | str = True,
     empty: bool = True,
     token_advantages: bool = False,
-    extreme: bool = False,
+    extreme: str | None = None,
     nan: bool = False,
 ) -> Batch:
-    """`extreme`: some log-ratios beyond ±20, some KL above 10. `nan`: two tokens that the sampler did not score.
+    """`extreme`: some log-ratios to the "ratio"'s, "kl"'s or "rollout"'s other policy beyond ±20. `nan`: two tokens that the sampler did not score.
     `empty`: whether the last completion is. `old`: "policy" = the log-probs themselves."""
     g = torch.Generator().manual_seed(SEED)
 
@@ -82,9 +82,13 @@ def make_batch(
     advantages = torch.tensor([1.3, -0.7, 0.4, -1.9, 2.0, 0.6])
     if token_advantages:
         advantages = normal(B, T)
-    if extreme:
+    if extreme == "ratio":
         before[0, 2], before[1, 3], logps[0, 3], logps[1, 1] = -27.0, -25.0, -30.0, -26.0
+    elif extreme == "kl":
         ref[0, 0], ref[1, 0], ref[2, 0], ref[2, 2] = -24.0, -29.0, logps[2, 0] + 5, logps[2, 2] - 13
+        logps[0, 3], ref[0, 3] = -30.0, -4.0
+        before[0, 3] = -30.2
+    elif extreme == "rollout":
         rollout[0, 5], rollout[1, 5] = before[0, 5] - 23, before[1, 5] - 2
     if nan:
         rollout[0, 0] = rollout[1, 1] = torch.nan

@@ -112,7 +112,7 @@ for loss_type, (spec, normalizer) in LOSS_TYPES.items():
     if loss_type == "luspo":  # not TRL's: see test_liger.py
         continue
     unclipped = loss_type in ("cispo", "sapo", "vespo")
-    given = {"cispo": {"eps_high": 1.3}, "sapo": {"sapo_temperature_neg": 1.25}}.get(loss_type, {})
+    given = {"cispo": {"eps_high": 1.1}, "sapo": {"sapo_temperature_neg": 1.25}}.get(loss_type, {})
     if normalizer is not None and loss_type in ("dapo", "cispo", "vespo"):
         given = {**given, "num_items_in_batch": 29.0}
     for option, (theirs, ours, batch) in OPTIONS.items():

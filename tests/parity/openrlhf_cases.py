@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     "ppo": Case(openrlhf_loss(), {}),
     "ppo-on-policy": Case(openrlhf_loss(), {}, batch={"old": False}),
     "ppo-token-advantages": Case(openrlhf_loss(), {}, batch={"token_advantages": True}),
-    "ppo-extreme": Case(openrlhf_loss(), {}, batch={"extreme": True}),
+    "ppo-extreme": Case(openrlhf_loss(), {}, batch={"extreme": "ratio"}),
     "ppo-clip-higher": Case(openrlhf_loss(clip_eps_high=0.28), {"epsilon_high": 0.28}),
     "ppo-dual-clip": Case(openrlhf_loss(dual_clip=1.4), {"dual_clip": 1.4}),
     "ppo-sequence-mean": Case(openrlhf_loss(**_SEQ[0]), _SEQ[1], rtol=EPS),
@@ -98,7 +98,7 @@ for name, gate, reject in (
     ("token-tv", _gate("token", "tv", 0.0, 0.1), {"reject": "tv", "reject_upper": 0.1}),
     ("seq-tv", _gate("seq", "tv", 0.0, 0.12), {"reject": "tv", "reject_upper": 0.12}),
     ("token-binary-kl", _gate("token", "binary_kl", 0.0, 0.05), {"reject": "binary_kl", "reject_upper": 0.05}),
-    ("seq-binary-kl", _gate("seq", "binary_kl", 0.0, 0.08), {"reject": "binary_kl", "reject_upper": 0.08}),
+    ("seq-binary-kl", _gate("seq", "binary_kl", 0.0, 0.05), {"reject": "binary_kl", "reject_upper": 0.05}),
 ):
     level = "token" if name.startswith("token") else "sequence-mean"
     CASES[f"rollout-{name}"] = Case(
@@ -107,11 +107,11 @@ for name, gate, reject in (
 for name in ("k1", "k2", "k3"):
     estimator = {"kl_coef": 0.2, "kl_estimator": name, "kl_clamp": 10.0}
     CASES[f"kl-{name}"] = Case(
-        openrlhf_loss(kl={"kl_estimator": name}), estimator, batch={"extreme": True}, rtol=SINGLE
+        openrlhf_loss(kl={"kl_estimator": name}), estimator, batch={"extreme": "kl"}, rtol=SINGLE
     )
     CASES[f"kl-{name}-unbiased-gradient"] = Case(
         openrlhf_loss(kl={"kl_estimator": name, "unbiased_gradient": True}),
         {**estimator, "kl_gradient": "straight_through"},
-        batch={"extreme": True},
+        batch={"extreme": "kl"},
         rtol=SINGLE,
     )

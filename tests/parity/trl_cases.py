@@ -155,7 +155,7 @@ LOSS_TYPES: dict[str, tuple[dict[str, Any], Callable[[Batch], float] | None]] = 
     "dr_grpo": ({"aggregation": "seq-mean-token-sum-norm", "max_length": T}, _sequences),
     "dapo": ({}, _items),
     "luspo": ({"aggregation": "seq-mean-token-sum"}, _sequences),
-    "cispo": ({"objective": "cispo", "epsilon_low": None, "epsilon_high": 0.3}, _items),
+    "cispo": ({"objective": "cispo", "epsilon_low": None, "epsilon_high": 0.1}, _items),
     "sapo": (
         {"objective": "sapo", "aggregation": "seq-mean-token-mean", "sapo_temperature_negative": 1.25},
         _sequences,
@@ -165,9 +165,11 @@ LOSS_TYPES: dict[str, tuple[dict[str, Any], Callable[[Batch], float] | None]] = 
 _SEQUENCE = {"importance_sampling_level": "sequence"}, {"ratio_level": "sequence"}
 _KL = {"beta": 0.3}, {"kl_coef": 0.3}
 _BIAS = {"beta": 0.3, "use_bias_correction_kl": True}, {"kl_coef": 0.3, "kl_gradient": "importance_weighted"}
-_DELTA = {"delta": 1.5}, {"delta": 1.5}
+_DELTA = {"delta": 1.3}, {"delta": 1.3}
 _ENTROPY_MASK = {"top_entropy_quantile": 0.4}, {"top_entropy_quantile": 0.4}
+_MOST_ENTROPY = {"top_entropy_quantile": 0.8}, {"top_entropy_quantile": 0.8}
 _OPSM = {"off_policy_mask_threshold": 0.1}, {"off_policy_threshold": 0.1}
+_OPSM_OLD = {"off_policy_mask_threshold": 0.3}, {"off_policy_threshold": 0.3}
 
 
 def _correction(level: str, mode: str, low: float | None, high: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,7 +178,7 @@ def _correction(level: str, mode: str, low: float | None, high: float) -> tuple[
     return theirs, {"rollout": {"level": level, "mode": mode, "lower": low, "upper": high}}
 
 
-_TRUNCATE = _correction("token", "truncate", 0.8, 1.3)
+_TRUNCATE = _correction("token", "truncate", 0.97, 1.3)
 _ICEPOP = _correction("token", "mask", 0.8, 1.3)
 
 
@@ -192,7 +194,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  #
     "token-advantages": ({}, {}, {"token_advantages": True}),
     "sequence": (*_SEQUENCE, {}),
     "delta": (*_DELTA, {}),
-    "sequence-delta": (*_both(_SEQUENCE, _DELTA), {}),
+    "sequence-delta": (*_both(_SEQUENCE, _DELTA), {"token_advantages": True}),
     "kl": (*_KL, {}),
     "bias-corrected-kl": (*_BIAS, {}),
     "bias-corrected-kl-delta": (*_both(_BIAS, _DELTA), {}),
@@ -200,14 +202,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  #
     "sequence-bias-corrected-kl": (*_both(_SEQUENCE, _BIAS), {}),
     "entropy-mask": (*_ENTROPY_MASK, {}),
     "sequence-entropy-mask": (*_both(_SEQUENCE, _ENTROPY_MASK), {}),
-    "off-policy-mask": (*_OPSM, {}),
+    "off-policy-mask": (*_OPSM_OLD, {}),
     "sampler-off-policy-mask": (*_OPSM, {"nan": True}),
     "token-truncate": (*_TRUNCATE, {"nan": True}),
     "token-mask": (*_ICEPOP, {"nan": True}),
-    "sequence-truncate": (*_correction("sequence", "truncate", 0.6, 1.5), {"nan": True}),
-    "sequence-mask": (*_correction("sequence", "mask", 0.4, 1.5), {"nan": True}),
+    "sequence-truncate": (*_correction("sequence", "truncate", 0.7, 1.5), {"nan": True}),
+    "sequence-mask": (*_correction("sequence", "mask", 0.7, 2.5), {"nan": True}),
     "sequence-token-truncate": (*_both(_SEQUENCE, _TRUNCATE), {"nan": True}),
-    "everything": (*_both(_BIAS, _ENTROPY_MASK, _OPSM, _TRUNCATE), {"nan": True}),
+    "everything": (*_both(_BIAS, _MOST_ENTROPY, _OPSM, _TRUNCATE), {"nan": True}),
 }
 _UNCLIPPED = ("cispo", "sapo", "vespo")
 
@@ -220,7 +222,7 @@ def _meaningful(loss_type: str, option: str) -> bool:
 
 CASES: dict[str, Case] = {}
 for loss_type, (spec, normalizer) in LOSS_TYPES.items():
-    epsilon = {"epsilon_high": 1.3} if loss_type == "cispo" else {}  # TRL's is the bound itself
+    epsilon = {"epsilon_high": 1.1} if loss_type == "cispo" else {}  # TRL's is the bound itself
     for option, (theirs, ours, batch) in OPTIONS.items():
         if _meaningful(loss_type, option):
             sampler = bool(batch.get("nan"))
@@ -233,12 +235,12 @@ for loss_type, (spec, normalizer) in LOSS_TYPES.items():
             )
 CASES |= {
     "clip-higher": Case(trl_loss(loss_type="bnpo", epsilon_high=0.28), {"epsilon_high": 0.28, "log_ratio_clamp": None}),
-    "extreme": Case(trl_loss(loss_type="bnpo"), {"log_ratio_clamp": None}, batch={"extreme": True}),
+    "extreme": Case(trl_loss(loss_type="bnpo"), {"log_ratio_clamp": None}, batch={"extreme": "ratio"}),
     "vespo-extreme": Case(
         trl_loss(loss_type="vespo"),
         {"objective": "vespo", "log_ratio_clamp": 20.0},
         normalizer=_items,
-        batch={"extreme": True},
+        batch={"extreme": "ratio"},
     ),
     "entropy-bonus": Case(trl_loss(loss_type="bnpo", entropy_coef=0.2), {"entropy_coef": 0.2, "log_ratio_clamp": None}),
     "grpo-accumulated": Case(

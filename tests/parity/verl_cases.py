@@ -118,7 +118,7 @@ CASES |= {
         {**VANILLA, "epsilon_low": 0.1, "epsilon_high": 0.4},
     ),
     "vanilla-dual-clip": Case(verl_loss("vanilla", clip_ratio_c=1.4), {"dual_clip": 1.4}),
-    "vanilla-extreme": Case(verl_loss("vanilla"), VANILLA, batch={"extreme": True}),
+    "vanilla-extreme": Case(verl_loss("vanilla", clip_ratio_c=1e12), {"dual_clip": 1e12}, batch={"extreme": "ratio"}),
     "vanilla-token-advantages": Case(verl_loss("vanilla"), VANILLA, batch={"token_advantages": True}),
     "entropy": Case(verl_loss("vanilla", entropy_coeff=0.3), {**VANILLA, "entropy_coef": 0.3}),
     "entropy-seq-mean": Case(
@@ -151,7 +151,7 @@ CASES |= {
     "sapo-extreme": Case(
         verl_loss("sapo"),
         {"objective": "sapo", "aggregation": "seq-mean-token-mean"},
-        batch={"extreme": True},
+        batch={"extreme": "ratio"},
         rtol=EPS,
     ),
     "gpg": Case(verl_loss("gpg"), {"objective": "reinforce"}),
@@ -163,7 +163,7 @@ CASES |= {
     "cispo-extreme": Case(
         verl_loss("cispo", clip_ratio_low=1.0, clip_ratio_high=1e9),
         {"objective": "cispo", "epsilon_low": 1.0, "epsilon_high": 1e9},
-        batch={"extreme": True},
+        batch={"extreme": "ratio"},
     ),
     "dppo_tv": Case(
         verl_loss("dppo_tv", clip_ratio_low=0.05, clip_ratio_high=0.1, clip_ratio_c=1.5),
@@ -218,7 +218,7 @@ for name, spec in {
     CASES[f"kl-{name}"] = Case(
         verl_loss("vanilla", use_kl_loss=True, kl_loss_coef=0.2, kl_loss_type=name),
         {**VANILLA, "kl_coef": 0.2, **spec},
-        batch={"extreme": True},
+        batch={"extreme": "kl"},
     )
 
 # Rollout correction, decoupled: name, verl's options, ours.
@@ -230,8 +230,8 @@ CORRECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sequence-truncate": ({"rollout_is": "sequence", "rollout_is_threshold": 1.5}, {"level": "sequence", "upper": 1.5}),
     "sequence-icepop": (
-        {"rollout_is": "sequence", "rollout_is_threshold": "0.5_3.0"},
-        {"level": "sequence", "mode": "mask", "lower": 0.5, "upper": 3.0},
+        {"rollout_is": "sequence", "rollout_is_threshold": "0.7_3.5"},
+        {"level": "sequence", "mode": "mask", "lower": 0.7, "upper": 3.5},
     ),
     "token-normalized": (
         {"rollout_is": "token", "rollout_is_threshold": 1.2, "rollout_is_batch_normalize": True},
@@ -245,8 +245,8 @@ CORRECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 _LEVELS = {"token": "token", "seq_sum": "sequence-sum", "seq_mean": "sequence-mean", "seq_max": "sequence-max"}
 _BOUNDS = {
     "token": {"k1": "0.6_1.4", "k2": 0.05, "k3": 0.06},
-    "seq_sum": {"k1": "0.4_1.6", "k2": 0.3, "k3": 0.3},
-    "seq_mean": {"k1": "0.85_1.2", "k2": 0.08, "k3": 0.08},
+    "seq_sum": {"k1": "0.4_1.5", "k2": 0.3, "k3": 0.3},
+    "seq_mean": {"k1": "0.85_1.2", "k2": 0.08, "k3": 0.1},
     "seq_max": {"k2": 0.2, "k3": 0.2},
 }
 for level, bounds in _BOUNDS.items():
@@ -296,7 +296,7 @@ CASES |= {
     "rollout-extreme": Case(
         verl_loss("vanilla", correction={"rollout_is": "token", "rollout_is_threshold": 1e12}),
         {**VANILLA, "rollout": {"level": "token", "upper": 1e12}},
-        batch={"extreme": True},
+        batch={"extreme": "rollout"},
         sampler=True,
     ),
     "rollout-penalties": Case(
