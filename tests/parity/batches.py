@@ -61,7 +61,7 @@ def make_batch(
     nan: bool = False,
 ) -> Batch:
     """`extreme`: some log-ratios to the "ratio"'s, "kl"'s or "rollout"'s other policy beyond ±20. `nan`: two tokens that the sampler did not score.
-    `empty`: whether the last completion is. `old`: "policy" = the log-probs themselves."""
+    `empty`: whether the last completion is. `old`: "policy" = the log-probs themselves, "rollout" = the sampler's."""
     g = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
@@ -95,7 +95,7 @@ def make_batch(
     return Batch(
         logps=logps.double(),
         entropy=entropy.double(),
-        old=(logps if old == "policy" else before).double() if old else None,
+        old={False: None, "policy": logps.double(), "rollout": rollout.double()}.get(old, before.double()),
         ref=ref.double(),
         rollout=rollout.double(),
         completion=completion,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from parity import peers
 from parity.batches import Batch, Case, Result
 
@@ -25,6 +26,8 @@ def openrlhf_loss(
         logps, entropy = batch.leaves()
         policy_loss = openrlhf.loss.PolicyLoss(**options)
         old = logps.detach() if batch.old is None else batch.old
+        if policy_loss.policy_loss_type == "gspo" and policy_loss.is_correction_level != "off":
+            old = torch.full_like(logps, -3.0)  # is not read
         loss, *_ = policy_loss(logps, old, batch.token_advantages, batch.mask, batch.rollout, **(counts or {}))
         if kl is not None:
             estimate = openrlhf.utils.compute_approx_kl(logps, batch.ref, **kl)
@@ -75,6 +78,12 @@ CASES: dict[str, Case] = {
     "gspo-dual-clip": Case(
         openrlhf_loss(policy_loss_type="gspo", dual_clip=1.1),
         {"ratio_level": "sequence", "log_ratio_clamp": None, "dual_clip": 1.1, **_SEQ[1]},
+        rtol=EPS,
+    ),
+    "gspo-rollout": Case(  # with a correction, its ratio is against the sampler
+        openrlhf_loss(policy_loss_type="gspo", **_gate("token", "ratio", 0.5, 5.0)),
+        {"ratio_level": "sequence", "log_ratio_clamp": None, **_SEQ[1]},
+        batch={"old": "rollout"},
         rtol=EPS,
     ),
     "rollout-token-clip": Case(

@@ -358,6 +358,11 @@ CASES |= {
         sampler=True,
         rtol=EPS,
     ),
+    "bypass-ppo-clip": Case(  # ratio against the sampler, its weights not applied again
+        verl_loss("bypass_mode", rollout_correction={"loss_type": "ppo_clip", **_token[0]}),
+        VANILLA,
+        batch={"old": "rollout"},
+    ),
     "bypass-reinforce": Case(
         verl_loss("bypass_mode", rollout_correction={"loss_type": "reinforce", **_token[0]}),
         {"objective": "reinforce", "rollout": _token[1]},
