@@ -33,6 +33,7 @@ suites:
   logits   GRPO with KL from logits, forward and backward; log-probs and entropies without gradient
   hidden   GRPO with KL from hidden states and the head, trainable and frozen
   token    policy loss from log-probs with metrics; group-normalised advantages
+  scan     GAE over padded batches with holes in the mask, against the loop over T
   all      all of them
 
 `python -m bench codegen` reports registers, spills and access widths of every kernel instead (no GPU needed)."""

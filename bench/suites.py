@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench import hidden, logits, tokens
+from bench import hidden, logits, scan, tokens
 from bench.case import Case, Inputs, Provider, Run, Shape
 
-SUITES = {"logits": logits.cases, "hidden": hidden.cases, "token": tokens.cases}
+SUITES = {"logits": logits.cases, "hidden": hidden.cases, "token": tokens.cases, "scan": scan.cases}
 PROVIDERS = ("eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "liger", "trl")
 
 

@@ -53,11 +53,33 @@ def same_device(name: str, value: Tensor, device: torch.device, of: str) -> None
         refuse(name, f"a tensor on {device}, the device of {of}", value, f"move it: {name}.to('{device}')")
 
 
+def keep(mask: Tensor | None, like: Tensor, of: str) -> Tensor | None:
+    """The mask of `like`, checked, as bool; None = all count."""
+    if mask is None:
+        return None
+    tensor("mask", mask)
+    shape("mask", mask, tuple(like.shape), f"the shape of {of}")
+    same_device("mask", mask, like.device, of)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def number(name: str, value: Any, *, above: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(name, "a number", value, error=TypeError)
     if not value > above or value != value or value == float("inf"):
         refuse(name, f"a finite number above {above:g}", value)
+
+
+def number_from_zero(name: str, value: Any) -> None:
+    if isinstance(value, bool) or value != 0:
+        number(name, value)
+
+
+def fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        refuse(name, "a number", value, error=TypeError)
+    if not 0 <= value <= 1:
+        refuse(name, "a number from 0 to 1", value)
 
 
 def no_grad_needed(name: str, value: Tensor) -> None:

@@ -1,13 +1,21 @@
-"""Group-normalised advantages."""
+"""Group-normalised advantages: one number per sampled sequence from the rewards of its group.
+
+Rewards are data: nothing here has a gradient. The Triton twin of `normalise` is `kernels/fastrl_kernels/groups.py`.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl import _checks
+from fastrl import backend as backends
 from fastrl.flat import Flat, segment_sum
 from fastrl.spec import AdvantageBaseline, AdvantageScale, LossSpec, option
+
+_BEST_OF_OTHERS = "best-of-others"  # the baseline of pass@k, which is no field of a loss
 
 
 def group_advantages(
@@ -18,17 +26,25 @@ def group_advantages(
     baseline: str = "mean",
     scale: str = "group",
     eps: float = 1e-4,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """Advantages of sampled answers against their group: Aᵢ = (rᵢ − baseline) / (std + eps).
+    """Advantages of sampled answers against their group: Aᵢ = (rᵢ − baseline) / scale.
 
-    baseline: "mean" of the group (GRPO), "leave-one-out" mean of the others (RLOO), "none".
-    scale: "group" or "batch" standard deviation (unbiased), "none" (Dr. GRPO). A group of one, or whose rewards are
-    all equal, gives exactly 0.
+    baseline: "mean" of the group (GRPO), "leave-one-out" mean of the others (RLOO), "length-weighted" Σ len·r / Σ len
+    (OPO), or "none".
+    scale: std + eps of the "group" or the "batch" (unbiased), "leave-one-out" std of the others + eps where they vary
+    (NeMo-RL), "mean" of the group + eps, with 0 where it is not positive (MaxRL), or "none" (Dr. GRPO).
+    A group of one, or whose rewards are all equal, gives exactly 0, unless the baseline is "none" and the scale "none"
+    or "batch". The variance is taken in two passes, and a std counts as 0 only where the rewards are equal.
 
     Args:
-        rewards: (S,) floats, one per sequence; taken in float64 inside.
+        rewards: (S,) floats, one per sequence.
         group_size: G consecutive sequences share a prompt; S must be a multiple of G.
         group_ids: (S,) ints instead: equal ids share a prompt, in any order and number.
+        eps: added to the scale: 1e-4 in TRL, 1e-6 in verl and NeMo-RL.
+        lengths: (S,) tokens of each sequence, for "length-weighted" only; a group without tokens gives 0.
+        backend: "auto", "triton" (fp32, one launch; S² comparisons with ids, S·G without) or "torch" (float64 inside).
 
     Returns:
         (S,) float32 (float64 for float64 rewards).
@@ -36,27 +52,106 @@ def group_advantages(
     Raises:
         ValueError, TypeError: a wrong shape, dtype or name, or not exactly one of group_size and group_ids.
 
-    Source: arXiv:2402.03300 (GRPO); TRL's eps 1e-4 and ddof 1.
+    Source: arXiv:2402.03300 (GRPO), 2402.14740 (RLOO), 2505.23585 (OPO), 2503.20783 (Dr. GRPO). For a group of one,
+    verl's grpo, rloo and opo give A = r where this gives 0; "batch" takes the mean per group, as TRL does.
     """
-    _checks.floating("rewards", rewards)
-    if rewards.ndim != 1:
-        _checks.refuse("rewards", "shape (S,), one reward per sequence", rewards, "sum several rewards first")
-    check_groups(rewards, group_size, group_ids)
-    baseline = option(AdvantageBaseline, baseline, "baseline")
-    scale = option(AdvantageScale, scale, "scale")
-    groups = group_index(rewards, group_size or 0, group_ids)
-    out = normalise(rewards.detach().double(), groups, baseline, scale, eps)
-    return out.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    baseline, scale = option(AdvantageBaseline, baseline, "baseline"), option(AdvantageScale, scale, "scale")
+    if (lengths is not None) != (baseline == AdvantageBaseline.LENGTH_WEIGHTED):
+        expected = "the tokens of each sequence with, and only with, baseline 'length-weighted'"
+        _checks.refuse("lengths", expected, f"{'None' if lengths is None else 'a tensor'} with {str(baseline)!r}")
+    return _advantages(Groups.of(rewards, group_size, group_ids, lengths, eps), str(baseline), str(scale), backend)
+
+
+def pass_at_k_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    scale: str = "group",
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Only the best answer of a group is rewarded, by its lead: A = (r₁ − r₂) / (std + eps), 0 for all others.
+
+    Args:
+        scale: "group" (unbiased std) or "none".
+        rewards, group_size, group_ids, eps, backend: as for `group_advantages`.
+
+    Returns:
+        (S,) float32 (float64 for float64 rewards); exactly 0 where the best two are equal, and in a group of one, which
+        verl refuses.
+
+    Source: arXiv:2503.19595; verl's grpo_passk.
+    """
+    if scale not in ("group", "none"):
+        _checks.refuse("scale", "'group' or 'none'", repr(scale))
+    return _advantages(Groups.of(rewards, group_size, group_ids, None, eps), _BEST_OF_OTHERS, scale, backend)
+
+
+class Groups(NamedTuple):
+    """Checked rewards and their grouping."""
+
+    rewards: Tensor  # (S,) or (S, K)
+    group_size: int  # 0 with ids
+    group_ids: Tensor | None  # (S,) int64
+    lengths: Tensor | None  # (S,)
+    eps: float
+
+    @classmethod
+    def of(
+        cls,
+        rewards: Tensor,
+        group_size: int | None,
+        group_ids: Tensor | None,
+        lengths: Tensor | None,
+        eps: float,
+        ndim: int = 1,
+    ) -> Groups:
+        _checks.floating("rewards", rewards)
+        if rewards.ndim != ndim:
+            remedy = "sum several rewards first, or see gdpo_advantages"
+            expected = "shape (S,), one reward per sequence"
+            if ndim == 2:
+                expected, remedy = "shape (S, K), K rewards per sequence", "one reward needs group_advantages only"
+            _checks.refuse("rewards", expected, rewards, remedy)
+        check_groups(rewards, group_size, group_ids)
+        _checks.number_from_zero("eps", eps)
+        if lengths is not None:
+            _checks.tensor("lengths", lengths)
+            _checks.shape("lengths", lengths, tuple(rewards.shape[:1]), "one per sequence")
+            _checks.same_device("lengths", lengths, rewards.device, "rewards")
+            lengths = lengths.detach().float().contiguous()
+        ids = None if group_ids is None else group_ids.long().contiguous()
+        return cls(rewards.detach().contiguous(), group_size or 0, ids, lengths, float(eps))
+
+    @property
+    def numbered(self) -> Tensor:
+        return group_index(self.rewards, self.group_size, self.group_ids)
+
+    def cast(self, advantages: Tensor) -> Tensor:
+        """float32, or float64 for float64 rewards."""
+        return advantages.to(torch.float64 if self.rewards.dtype == torch.float64 else torch.float32)
+
+
+def _advantages(given: Groups, baseline: str, scale: str, backend: str) -> Tensor:
+    if backends.of(given.rewards, backend) == "triton":
+        import fastrl_kernels as kernels
+
+        return kernels.group_advantages(
+            given.rewards, given.group_ids, given.group_size,
+            eps=given.eps, baseline=baseline, scale=scale, lengths=given.lengths,
+        )  # fmt: skip
+    return given.cast(normalise(given.rewards.double(), given.numbered, baseline, scale, given.eps, given.lengths))
 
 
 def check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
-    """Raise unless exactly one grouping is given and fits the rewards."""
+    """Raise unless exactly one grouping is given and fits the S rewards, (S,) or (S, ...)."""
     if (group_size is None) == (group_ids is None):
         came = "neither" if group_size is None else "both"
         _checks.refuse("group_size", "exactly one of group_size and group_ids with rewards", came)
     if group_ids is not None:
         _checks.integer("group_ids", group_ids)
-        _checks.shape("group_ids", group_ids, tuple(rewards.shape), "one id per reward")
+        _checks.shape("group_ids", group_ids, tuple(rewards.shape[:1]), "one id per sequence")
         _checks.same_device("group_ids", group_ids, rewards.device, "rewards")
         return
     if isinstance(group_size, bool) or not isinstance(group_size, int):
@@ -81,27 +176,83 @@ def group_index(rewards: Tensor, group_size: int, group_ids: Tensor | None) -> T
     return torch.empty_like(rows).scatter_(0, order, starts.cumsum(0))
 
 
-def normalise(r: Tensor, groups: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+def group_extreme(values: Tensor, groups: Tensor, reduce: str) -> Tensor:
+    """(R, ...) the least ("amin") or greatest ("amax") value of each row's group, elementwise."""
+    start = torch.full_like(values, torch.inf if reduce == "amin" else -torch.inf)
+    index = groups.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
+    return start.scatter_reduce(0, index, values, reduce)[groups]
+
+
+def _extreme_of_others(r: Tensor, groups: Tensor, reduce: str) -> Tensor:
+    """(R,) as above over the group without the row itself; ∓inf in a group of one."""
+    extreme = group_extreme(r, groups, reduce)
+    holds = r == extreme
+    alone = holds & (segment_sum(holds.to(r.dtype), groups, r.shape[0])[groups] == 1)
+    rest = group_extreme(r.masked_fill(holds, torch.inf if reduce == "amin" else -torch.inf), groups, reduce)
+    return torch.where(alone, rest, extreme)
+
+
+def _std_of_others(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor) -> Tensor:
+    """(R,) unbiased std of the group without the row itself, exactly 0 where those rewards are equal.
+
+    Σ_{j≠i} (rⱼ − mean_{j≠i})² = Σⱼ dⱼ² − dᵢ²·n/(n−1) with d = r − mean. That difference keeps its digits for every row
+    but the farthest from the mean, whose sum is taken by itself.
+    """
+    size, rows = r.shape[0], torch.arange(r.shape[0], device=r.device)
+    d = r - mean
+    squares = segment_sum(d * d, groups, size)[groups] - d * d * n / (n - 1).clamp_min(1)
+    far = d.abs() == group_extreme(d.abs(), groups, "amax")
+    far = rows == group_extreme(torch.where(far, rows, size).to(r.dtype), groups, "amin")
+    centre = segment_sum(torch.where(far, mean - d / (n - 1).clamp_min(1), 0), groups, size)[groups]
+    alone = segment_sum(torch.where(far, 0, (r - centre) ** 2), groups, size)[groups]
+    std = (torch.where(far, alone, squares).clamp_min(0) / (n - 2).clamp_min(1)).sqrt()
+    vary = _extreme_of_others(r, groups, "amin") < _extreme_of_others(r, groups, "amax")
+    return torch.where(vary, std, 0)
+
+
+def _centred(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor, baseline: str, lengths: Tensor | None) -> Tensor:
+    """r − baseline."""
+    if baseline == AdvantageBaseline.NONE:
+        return r
+    gap = r - mean
+    if baseline == AdvantageBaseline.LEAVE_ONE_OUT:
+        return gap * n / (n - 1).clamp_min(1)
+    if baseline == AdvantageBaseline.LENGTH_WEIGHTED:
+        weight = segment_sum(lengths.to(r.dtype), groups, r.shape[0])[groups]
+        shift = segment_sum(lengths * gap, groups, r.shape[0])[groups]
+        return torch.where(weight > 0, gap - shift / weight.clamp_min(1e-300), 0)
+    if baseline == _BEST_OF_OTHERS:
+        return (r - _extreme_of_others(r, groups, "amax")).clamp_min(0)
+    return gap
+
+
+def normalise(
+    r: Tensor, groups: Tensor, baseline: str, scale: str, eps: float, lengths: Tensor | None = None
+) -> Tensor:
     """Baseline and scale of (R,) float64 rewards; the variance in two passes."""
     size = r.shape[0]
     n = segment_sum(torch.ones_like(r), groups, size)[groups]
-    total = segment_sum(r, groups, size)[groups]
-    mean = total / n
-    if baseline == AdvantageBaseline.LEAVE_ONE_OUT:
-        centred = r - (total - r) / (n - 1).clamp_min(1)
-    else:
-        centred = r - mean if baseline == AdvantageBaseline.MEAN else r
+    mean = segment_sum(r, groups, size)[groups] / n
+    a = _centred(r, groups, n, mean, baseline, lengths)
     if scale == AdvantageScale.GROUP:
         squares = segment_sum((r - mean) ** 2, groups, size)[groups]
-        centred = centred / ((squares / (n - 1).clamp_min(1)).sqrt() + eps)
+        a = a / ((squares / (n - 1).clamp_min(1)).sqrt() + eps)
     elif scale == AdvantageScale.BATCH:
         std = r.var(correction=min(1, max(size - 1, 0))).sqrt() if size else r.sum()
-        centred = centred / (std + eps)
-    if baseline == AdvantageBaseline.NONE and scale != AdvantageScale.GROUP:
-        return centred
-    low = torch.full_like(r, torch.inf).scatter_reduce_(0, groups, r, "amin")[groups]
-    high = torch.full_like(r, -torch.inf).scatter_reduce_(0, groups, r, "amax")[groups]
-    return centred.masked_fill(low == high, 0)
+        a = a / (std + eps)
+    elif scale == AdvantageScale.LEAVE_ONE_OUT:
+        std = _std_of_others(r, groups, n, mean)
+        a = torch.where(std > 0, a / (std + eps), a)
+    elif scale == AdvantageScale.MEAN:
+        a = torch.where(mean <= 0, 0, a / (mean + eps))
+    if baseline == AdvantageBaseline.NONE and scale in (AdvantageScale.NONE, AdvantageScale.BATCH):
+        return a
+    return torch.where(mean.isnan(), mean, torch.where(varies(r, groups), a, 0))
+
+
+def varies(values: Tensor, groups: Tensor) -> Tensor:
+    """(R, ...) whether the values of a row's group differ, elementwise; NaN counts as different."""
+    return group_extreme(values, groups, "amin") != group_extreme(values, groups, "amax")
 
 
 def sequence_advantages(flat: Flat, spec: LossSpec) -> Tensor:

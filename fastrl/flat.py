@@ -79,5 +79,5 @@ def segment_max(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """(n,) -> (num_segments,): sums of the values that share a segment, differentiable."""
-    return values.new_zeros(num_segments).index_add(0, segment, values)
+    """(n, ...) -> (num_segments, ...): sums of the rows that share a segment, differentiable."""
+    return values.new_zeros((num_segments, *values.shape[1:])).index_add(0, segment, values)

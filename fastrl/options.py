@@ -53,12 +53,18 @@ class AdvantageBaseline(Option):
     MEAN = "mean"
     LEAVE_ONE_OUT = "leave-one-out"
     NONE = "none"
+    LENGTH_WEIGHTED = "length-weighted"
+    """Σ len·r / Σ len of the group (OPO); only outside the loss, see `advantages.group_advantages`."""
 
 
 class AdvantageScale(Option):
     GROUP = "group"
     BATCH = "batch"
     NONE = "none"
+    LEAVE_ONE_OUT = "leave-one-out"
+    """The unbiased std of the others, divided by only where it is above 0 (NeMo-RL)."""
+    MEAN = "mean"
+    """The group's mean, 0 where it is not positive (MaxRL)."""
 
 
 class CorrectionLevel(Option):

@@ -52,10 +52,23 @@ def token_weights(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: 
     Σᵢ(Σₜ l)/D, D = sequences with a valid token; seq-mean-token-sum-norm Σᵢ(Σₜ l)/(D·max_length).
     """
     how = weighting(spec)
-    weights = torch.full_like(flat.token_ids, how.scale, dtype=dtype)
+    lengths = flat.per_token(flat.lengths) if how.per_sequence_mean else None
+    return _weights(flat.token_ids, flat.mask, lengths, denominator(flat.counts, normalizer, spec), how, dtype)
+
+
+def padded_weights(keep: Tensor, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """(B, T) weights as `token_weights`, from a (B, T) bool mask alone."""
+    lengths = keep.sum(-1, keepdim=True)
+    counts = torch.stack([lengths.sum(), (lengths > 0).sum()])
+    return _weights(keep, keep, lengths, denominator(counts, normalizer, spec), weighting(spec), dtype)
+
+
+def _weights(
+    like: Tensor, mask: Tensor | None, lengths: Tensor | None, count: Tensor | None, how: Weighting, dtype: torch.dtype
+) -> Tensor:
+    weights = torch.full_like(like, how.scale, dtype=dtype)
     if how.per_sequence_mean:
-        weights = weights / flat.per_token(flat.lengths.to(dtype).clamp_min(1))
-    count = denominator(flat.counts, normalizer, spec)
+        weights = weights / lengths.to(dtype).clamp_min(1)
     if count is not None:
         weights = weights / count.to(dtype)
-    return weights if flat.mask is None else weights.masked_fill(~flat.mask, 0)
+    return weights if mask is None else weights.masked_fill(~mask, 0)

@@ -213,6 +213,12 @@ class LossSpec(OwnNumbers):
                 f"max_length: only aggregation 'seq-mean-token-sum-norm' divides by it, got {self.max_length!r} with "
                 f"aggregation {str(self.aggregation)!r}; leave it None"
             )
+        if self.advantage_baseline == AdvantageBaseline.LENGTH_WEIGHTED:
+            raise ValueError(
+                "advantage_baseline: 'length-weighted' needs the lengths of the whole group, which a loss on a "
+                "micro-batch does not have; use group_advantages(rewards, ..., baseline='length-weighted', "
+                "lengths=...) and pass Rollouts(advantages=...)"
+            )
 
     def _check_objective(self) -> None:
         name, definition = str(self.objective), self.definition

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import fastrl
 from fastrl import reference
+from fastrl.correction import correct_batch
+from fastrl.flat import Flat
 from fastrl.spec import LossSpec
 
 ACCELERATOR = "cuda" if torch.cuda.is_available() else "cpu"  # without one, Triton runs in its interpreter
@@ -193,7 +195,7 @@ def make_batch(
     logps, _ = reference.logprobs(batch.logits(), clean, None, 0.7)
     old = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
     ref = (logps + drift * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
-    sampler = old + 0.1 * torch.randn(B, T, generator=g)
+    sampler = old + 0.1 * torch.randn(B, T, generator=torch.Generator().manual_seed(seed + 1))
     sampler[0, 0] = float("nan")
     if garbage:
         ids = ids.masked_fill(~mask, -100)
@@ -233,6 +235,14 @@ def on_cpu(rollouts: fastrl.Rollouts) -> fastrl.Rollouts:
     return rollouts if rollouts.token_ids.device.type == "cpu" else rollouts.to("cpu")
 
 
+def wide_flat(rollouts: fastrl.Rollouts, spec: LossSpec) -> Flat:
+    """The flat rows in fp64, after the corrections of the whole batch."""
+    flat = rollouts.flat
+    wide = {name: getattr(flat, name) for name in ("old_logps", "ref_logps", "rollout_logps")}
+    wide = {name: value.double() for name, value in wide.items() if value is not None}
+    return correct_batch(flat._replace(**wide), spec)
+
+
 def truth_from_logits(
     logits: Tensor, rollouts: fastrl.Rollouts, spec: LossSpec, temperature: float | Tensor, normalizer: Any = None
 ) -> Truth:
@@ -240,10 +250,11 @@ def truth_from_logits(
     rollouts = on_cpu(rollouts)
     leaf = logits.detach().cpu().double().requires_grad_()
     temperature = temperature.cpu().double() if isinstance(temperature, Tensor) else temperature
-    mask = rollouts.flat.valid().view(rollouts.shape)
+    flat = wide_flat(rollouts, spec)
+    mask = flat.valid().view(rollouts.shape)
     logps, entropy = reference.logprobs(leaf, rollouts.token_ids, mask, temperature)
     d = None if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
-    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), rollouts.flat, d, spec)
+    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), flat, d, spec)
     (gradient,) = torch.autograd.grad(loss, leaf)
     return Truth(loss.detach(), statistics, logps.detach(), entropy.detach(), [gradient])
 
@@ -251,14 +262,15 @@ def truth_from_logits(
 def truth_from_hidden(batch: Batch, spec: LossSpec, normalizer: Any = None) -> Truth:
     """As above through the head, with gradients of hidden, weight and bias."""
     rollouts = on_cpu(batch.rollouts)
-    keep = rollouts.flat.valid().view(rollouts.shape)
+    flat = wide_flat(rollouts, spec)
+    keep = flat.valid().view(rollouts.shape)
     leaves = [x.detach().cpu().double() for x in (batch.hidden, batch.weight, batch.bias)]
     leaves[0] = torch.where(keep[..., None], leaves[0], 0.0)
     leaves = [x.requires_grad_() for x in leaves]
     temperature = batch.temperature.cpu().double() if isinstance(batch.temperature, Tensor) else batch.temperature
     logps, entropy = reference.logprobs(transform(*leaves, batch), rollouts.token_ids, keep, temperature)
     d = None if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64)
-    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), rollouts.flat, d, spec)
+    loss, statistics = reference.token_loss(logps.reshape(-1), entropy.reshape(-1), flat, d, spec)
     gradients = list(torch.autograd.grad(loss, leaves))
     return Truth(loss.detach(), statistics, logps.detach(), entropy.detach(), gradients)
 

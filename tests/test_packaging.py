@@ -61,9 +61,11 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "options", "rollout_correction", "objectives", "spec", "presets", "_checks", "clamping", "kl", "flat", "ratio",
-        "correction", "selection", "reduction", "advantages", "metrics", "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "backend", "levels", "ops", "autograd",
-        "inputs", "functional", "nn", "_info",
+        "options", "rollout_correction", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
+        "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
+        "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "ops", "autograd",
+        "inputs", "functional", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
+        "reward_model", "_info",
     ]  # fmt: skip
     package = ROOT / "fastrl"
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}

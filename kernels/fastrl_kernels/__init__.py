@@ -4,20 +4,26 @@ Launchers allocate nothing that they do not return or that the caller did not ha
 launch rows on grid x with 64-bit offsets.
 """
 
+from .batch_groups import batch_advantages
 from .fused import fused_loss_grad
 from .groups import group_advantages
 from .logprob import logprob_bwd, logprob_fwd
 from .objective_fns import OBJECTIVES
 from .policy import STATISTICS, policy_loss_fwd
+from .ranking import ranked_reward
 from .scale import scale_
+from .scan import lambda_returns
 
 __all__ = [
     "OBJECTIVES",
     "STATISTICS",
+    "batch_advantages",
     "fused_loss_grad",
     "group_advantages",
+    "lambda_returns",
     "logprob_bwd",
     "logprob_fwd",
     "policy_loss_fwd",
+    "ranked_reward",
     "scale_",
 ]

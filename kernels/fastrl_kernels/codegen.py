@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import fused, groups, logprob, policy, scale
+from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan
 from .objective_fns import OBJECTIVES
 from .tune import RowConfig, TokenConfig, row_config, token_config
 
@@ -31,8 +31,8 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R")
-_BYTES = ("mask_ptr",)
+_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R", "K")
+_BYTES = ("mask_ptr", "varies_ptr")
 _ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
 
 
@@ -61,12 +61,38 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
     yield _row_build("logprob_bwd-full", logprob._logprob_bwd_kernel, vocab_size)
     yield from _fused_builds(vocab_size, plain)
     yield from _policy_builds()
-    for given, scaling in itertools.product((True, False), ("group", "batch", "none")):
-        constexprs = {"BASELINE": "mean", "SCALE": scaling, **groups._GROUP_BLOCKS}
-        name = f"group-advantage-{'ids' if given else 'size'}-{scaling}"
-        absent = () if given else ("ids_ptr",)
-        yield Build(name, groups._group_advantage_kernel, constexprs, lambda _: TokenConfig(0, 4), False, absent)
+    yield from _group_builds()
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
+    for name, carry, absent in (
+        ("full", True, ()),
+        ("plain", False, ("mask_ptr", "bootstrap_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+        ("returns", True, ("values_ptr", "lam_ptr", "lam_returns_ptr", "lam_returns")),
+    ):
+        constexprs = {"CARRY_MASKED": carry, "BLOCK": scan._BLOCK}
+        config = functools.partial(_fixed, scan._WARPS)
+        yield Build(f"scan-{name}", scan._lambda_returns_kernel, constexprs, config, False, absent)
+    for name, absent in (("full", ()), ("lean", ("mask_ptr", "dscores_ptr"))):
+        constexprs = {"BLOCK_K": ranking._BLOCK_K, "BLOCK_P": ranking._BLOCK_P}
+        config = functools.partial(_fixed, 4)
+        yield Build(f"ranking-{name}", ranking._ranked_reward_kernel, constexprs, config, False, absent)
+
+
+def _group_builds() -> Iterator[Build]:
+    kernel, blocks, config = groups._group_advantage_kernel, groups.GROUP_BLOCKS, functools.partial(_fixed, 4)
+    pairs = [("mean", scaling) for scaling in ("group", "batch", "none", "leave-one-out", "mean")]
+    pairs += [("leave-one-out", "leave-one-out"), ("length-weighted", "none"), ("best-of-others", "group")]
+    for given, (baseline, scaling) in itertools.product((True, False), pairs):
+        name = "-".join(("group-advantage", "ids" if given else "size", baseline, scaling))
+        absent = ("lengths_ptr",) if baseline != "length-weighted" else ()
+        absent += () if given else ("ids_ptr",)
+        yield Build(name, kernel, {"BASELINE": baseline, "SCALE": scaling, **blocks}, config, False, absent)
+    for finish, given in itertools.product(("batch", "tokens", "signal", "none"), (True, False)):
+        constexprs = {"SCALE": "none" if finish == "signal" else "group", "FINISH": finish, **blocks}
+        constexprs["BLOCK"] = batch_groups._BLOCK
+        absent = ("lengths_ptr",) if finish != "tokens" else ()
+        absent += () if given else ("ids_ptr", "weights_ptr")
+        name = f"batch-advantage-{'ids' if given else 'size'}-{finish}"
+        yield Build(name, batch_groups._batch_advantage_kernel, constexprs, config, False, absent)
 
 
 def _row_build(
@@ -158,7 +184,12 @@ def _policy_builds() -> Iterator[Build]:
     lean = (*bare, "ref_ptr", "kl_coef", "kl_clamp", "rollout_ptr", "dual_clip", "delta")
     sequence = {"LEVEL": "sequence", "BY_SEQUENCE": True, "PER_SEQUENCE_MEAN": True}
     for packed, full in itertools.product((False, True), (False, True)):
-        for baseline, scaling in (("mean", "group"), ("mean", "none"), ("leave-one-out", "none")):
+        for baseline, scaling in (
+            ("mean", "group"),
+            ("mean", "none"),
+            ("leave-one-out", "leave-one-out"),
+            ("mean", "mean"),
+        ):
             for level in ({}, sequence):
                 parts = ("sequence" if level else "token", "packed" if packed else "padded", "full" if full else "lean")
                 changes = {**level, "BASELINE": baseline, "SCALE": scaling}
@@ -205,6 +236,10 @@ def _corrected_policy_builds(padded: tuple[str, ...]) -> Iterator[Build]:
 
 def _token(by_sequence: bool, _: int) -> TokenConfig:
     return token_config(by_sequence)
+
+
+def _fixed(num_warps: int, _: int) -> TokenConfig:
+    return TokenConfig(0, num_warps)
 
 
 def _argument_type(name: str, build: Build) -> str:

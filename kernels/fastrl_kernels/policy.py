@@ -71,6 +71,12 @@ def masked_sum(values, valid):
 
 
 @triton.jit
+def exact_sum(values, valid):
+    """The same in fp64: an exponent of the whole sequence, whose absolute error becomes the ratio's relative one."""
+    return tl.sum(tl.where(valid, values.to(tl.float64), 0.0), 0)
+
+
+@triton.jit
 def valid_tokens(mask_ptr, offs, stop):
     """Which of the tokens count."""
     valid = offs < stop
@@ -120,7 +126,8 @@ def sequence_numbers(
     """What a token needs of its whole sequence i, in one pass over it: (length, log-ratio, rollout weight, 1 if it is
     rejected, mean of behaviour − logp, log-weight of an objective that weighs sequences)."""
     length = tl.maximum(tl.load(lengths_ptr + i), 1.0)
-    gaps, rhos, diverged, behaviour, log_weight = length * 0.0, length * 0.0, length * 0.0, length * 0.0, length * 0.0
+    diverged, behaviour, log_weight = length * 0.0, length * 0.0, length * 0.0
+    gaps, rhos = diverged.to(tl.float64), diverged.to(tl.float64)
     most = length * 0.0 - float("inf")
     for at in range(start, stop, BLOCK_N):
         offs = at + tl.arange(0, BLOCK_N)
@@ -133,9 +140,9 @@ def sequence_numbers(
                 PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
             )  # fmt: skip
             prepared, _ = prepare(gap, advantage, low, high, OBJECTIVE)
-        gaps += masked_sum(prepared, valid)
+        gaps += exact_sum(prepared, valid)
         if CORRECTION != "off":
-            rhos += masked_sum(log_rho(logp - gap, rollout), valid)
+            rhos += exact_sum(log_rho(logp - gap, rollout), valid)
         if REJECT != "off" and REJECT_LEVEL != "token":
             parted = divergence(logp - gap, rollout, bound, REJECT)
             diverged += masked_sum(parted, valid)
@@ -148,12 +155,12 @@ def sequence_numbers(
             if CORRECTION == "token":
                 weight = bounded_weight(log_rho(logp - gap, rollout), bound, lower, upper, MODE)
                 log_weight += masked_sum(log_of_weight(weight), valid)
-    log_ratio = gaps if LEVEL == "sequence_sum" else gaps / length
+    log_ratio = (gaps if LEVEL == "sequence_sum" else gaps / length).to(tl.float32)
     weight = length * 0.0 + 1.0
     if CORRECTION == "sequence":
-        weight = bounded_weight(rhos, bound, lower, upper, MODE)
+        weight = bounded_weight(rhos.to(tl.float32), bound, lower, upper, MODE)
     elif CORRECTION == "geometric":
-        weight = bounded_weight(rhos / length, bound, lower, upper, MODE)
+        weight = bounded_weight((rhos / length).to(tl.float32), bound, lower, upper, MODE)
     if FOLDS and CORRECTION == "sequence":
         log_weight += log_of_weight(weight)
     rejected = length < 0
