@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="needs trl 1.16")
 pytest.importorskip("datasets", reason="needs datasets")
 
-from parity import openrlhf_cases, peers, trl_cases, verl_cases
+from parity import openrlhf_cases, peers, trl_cases, verl_cases, verl_rollout_cases
 from parity.batches import Case, T
 
 import fastrl
@@ -27,7 +27,11 @@ peers.openrlhf()
 
 CASES: dict[str, Case] = {
     f"{peer}/{name}": case
-    for peer, cases in (("trl", trl_cases.CASES), ("verl", verl_cases.CASES), ("openrlhf", openrlhf_cases.CASES))
+    for peer, cases in (
+        ("trl", trl_cases.CASES),
+        ("verl", verl_cases.CASES | verl_rollout_cases.CASES),
+        ("openrlhf", openrlhf_cases.CASES),
+    )
     for name, case in cases.items()
 }
 

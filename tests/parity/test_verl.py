@@ -1,4 +1,5 @@
-"""verl's own losses and ours on the same batch: value and gradients. The mapping is in `verl_cases.py`."""
+"""verl's own losses and ours on the same batch: value and gradients. The mapping is in `verl_cases.py`
+and `verl_rollout_cases.py`."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import dataclasses
 
 import pytest
 import torch
-from parity import peers
+from parity import peers, verl_cases, verl_rollout_cases
 from parity.batches import Case, everywhere
-from parity.verl_cases import CASES, VANILLA, verl_loss
+from parity.verl_cases import VANILLA, verl_loss
 
 import fastrl
 
 peers.verl()
+CASES = verl_cases.CASES | verl_rollout_cases.CASES
 
 
 @pytest.mark.parametrize(("case", "engine"), everywhere(CASES))
