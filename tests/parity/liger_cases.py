@@ -100,7 +100,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  #
     "on-policy": ({}, {}, {"old": False}),
     "sequence": (*_SEQUENCE, {}),
     "delta": (*_DELTA, {}),
-    "sequence-delta": (*_both(_SEQUENCE, _DELTA), {}),
     "kl": (*_KL, {}),
     "bias-corrected-kl": (*_BIAS, {}),
     "sequence-bias-corrected-kl": (*_both(_SEQUENCE, _BIAS), {}),
@@ -127,3 +126,8 @@ for loss_type, (spec, normalizer) in LOSS_TYPES.items():
 CASES["temperature"] = FromLogits(
     liger_loss(loss_type="bnpo", temperature=0.7, beta=0.1), {"log_ratio_clamp": None, "kl_coef": 0.1}, temperature=0.7
 )
+
+
+def is_representative(name: str) -> bool:
+    """Where each case costs a second: every loss type, and every option of one."""
+    return name.endswith("-plain") or name.startswith(("grpo", "temperature"))

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("liger_kernel", reason="needs liger-kernel 0.8.5")
 
 from parity.batches import LENGTHS, B, T, everywhere
-from parity.liger_cases import CASES, SINGLE, FromLogits, liger_loss
+from parity.liger_cases import CASES, SINGLE, FromLogits, is_representative, liger_loss
 
 
 @pytest.mark.parametrize(
     ("case", "engine"),
-    everywhere(CASES, lambda name: name.endswith("-plain") or name.startswith(("grpo", "temperature"))),
+    everywhere(CASES, is_representative),
 )
 def test_loss(case, engine):
     case.check(engine)
