@@ -11,7 +11,7 @@ pytest.importorskip("trl", reason="needs trl 1.16")
 pytest.importorskip("datasets", reason="needs datasets")
 
 from parity.batches import everywhere
-from parity.trl_cases import CASES, trl_loss
+from parity.trl_cases import CASES, configured, trl_loss
 
 import fastrl
 
@@ -61,3 +61,31 @@ def test_entropy_bonus_differs(loss_type):
     assert ours.distance(theirs) <= case.rtol
     weighted = case.ours(batch, spec=case.loss_spec().replace(entropy_coef=coef))
     assert (weighted.dentropy + bonus).abs().max() > 1e-3
+
+
+def test_entropy_controller():
+    """Over five optimizer steps whose entropy falls from above the target to below it and rises again."""
+    case = CASES["entropy-bonus"]
+    it = configured("GRPO", {})
+    limits = {"target": 1.0, "delta": 0.05, "minimum": 0.1, "maximum": 0.3}
+    ours = fastrl.AdaptiveEntropyController(0.2, **limits)
+    state = {"use_adaptive_entropy": True, "_last_world_entropy": float("inf"), "_entropy_window_stats": None}
+    vars(it).update(state)
+    vars(it.args).update(
+        {"entropy_target": 1.0, "entropy_coef_delta": 0.05, "entropy_coef_min": 0.1, "entropy_coef_max": 0.3}
+    )
+    try:
+        coefficient = 0.2
+        for scale in (1.5, 0.5, 0.4, 0.6, 1.4):
+            batch = case.make_batch()
+            batch = dataclasses.replace(batch, entropy=batch.entropy * scale)
+            theirs = trl_loss(loss_type="bnpo", entropy_coef=coefficient)
+            want = theirs(batch)
+            coefficient = it.entropy_coef
+            got = case.ours(batch, spec=case.loss_spec().replace(entropy_coef=ours.value))
+            assert got.distance(want) <= case.rtol
+            ours.update((batch.entropy * batch.mask).sum() / batch.tokens)
+            assert ours.coefficient == pytest.approx(coefficient, rel=1e-12)
+        assert coefficient != 0.2
+    finally:
+        it.use_adaptive_entropy = False
