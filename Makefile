@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch first and by its exact pin: a range would bring the newest build with its CUDA packages.
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo compare test lint format bench clean
+.PHONY: demo compare test docs lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/grpo_trl.py
@@ -17,6 +17,9 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
 	$(BIN)/python examples/hand_written_loop.py
 	$(BIN)/python examples/hf_trainer.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

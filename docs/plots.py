@@ -7,10 +7,12 @@ ratio of the sequence is that of the token.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import rc_context
@@ -26,7 +28,7 @@ Table = list[list[float]]  # ratios, values, gradients
 
 STEP = 0.05
 COLOURS = {1: "#1f6fb4", -1: "#d1622b"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fastrl",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -56,6 +58,7 @@ class Plot:
     old_probability: float = 0.3
     marks: tuple[float, ...] = ()
     """Bounds without a jump of the gradient; those with one are found."""
+    note: str = ""
 
 
 def _spec(objective: str) -> LossSpec:
@@ -74,15 +77,19 @@ def _passed_over(advantage: int) -> list[Neighbour]:
     return [(1.0, 0.0), (-1.0, -10.0)]
 
 
+_DRAWN = "Solid: a token left alone. Dashed: a token drawn, which can only be one that the clip leaves alone."
+_PICKED = "Solid: a token left alone. Dashed: a token picked, with `kl_cov_coef=1`."
+
+
 def _plots() -> dict[str, Plot]:
     plots = {name: Plot((Line("", _spec(name)),)) for name in OBJECTIVES}
     ppo, clip_cov, kl_cov, cispo = (_spec(name) for name in ("ppo_clip", "clip_cov", "kl_cov", "cispo"))
     dual = Line("dual_clip = 2", ppo.replace(dual_clip=2.0), advantages=(-1,))
-    plots["ppo_clip"] = Plot((Line("", ppo), dual))
+    plots["ppo_clip"] = Plot((Line("", ppo), dual), note="ε₋ = ε₊ = 0.2.")
     plots["cispo"] = Plot((Line("", cispo),), largest=6.0, old_probability=0.15, marks=(bounds(cispo)[1],))
     everyone = clip_cov.replace(clip_cov_fraction=1.0, clip_cov_low=1e-6, clip_cov_high=100.0)
-    plots["clip_cov"] = Plot((Line("", clip_cov), Line("drawn", everyone, neighbours=_drawn)))
-    plots["kl_cov"] = Plot((Line("", kl_cov, neighbours=_passed_over), Line("picked", kl_cov)))
+    plots["clip_cov"] = Plot((Line("", clip_cov), Line("drawn", everyone, neighbours=_drawn)), note=_DRAWN)
+    plots["kl_cov"] = Plot((Line("", kl_cov, neighbours=_passed_over), Line("picked", kl_cov)), note=_PICKED)
     return plots
 
 
@@ -113,7 +120,7 @@ def _jumps(at: Callable[[float], tuple[float, float]], ratios: list[float]) -> l
         return max(abs(x - y) for x, y in zip(at(a), at(b), strict=True))
 
     edges = []
-    for low, high in zip(ratios, ratios[1:], strict=False):
+    for low, high in itertools.pairwise(ratios):
         left, right = low, high
         if apart(left, right) < 0.3:
             continue
@@ -144,9 +151,7 @@ def curves(plot: Plot) -> dict[str, Table]:
 
 def _marks(tables: dict[str, Table], plot: Plot) -> list[float]:
     """Where a bound is: the jumps, and what the plot adds."""
-    close = [
-        (a + b) / 2 for ratios, *_ in tables.values() for a, b in zip(ratios, ratios[1:], strict=False) if b - a < 1e-5
-    ]
+    close = [(a + b) / 2 for ratios, *_ in tables.values() for a, b in itertools.pairwise(ratios) if b - a < 1e-5]
     return sorted({round(mark, 4) for mark in (*close, *plot.marks)})
 
 

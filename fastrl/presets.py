@@ -53,8 +53,8 @@ Gradient: as PPO; every token of the batch weighs the same.
 Use it when each batch is one optimiser step. Split into micro-batches, it depends on how their lengths fall, since
 each is divided by its own token count; DAPO with a global count does not.
 
-Peers: TRL and Liger "bnpo", TRL's further division by the accumulation steps being the trainer's. The loss is that of
-PPO; the name stands for the local denominator.
+Peers: TRL and Liger "bnpo". TRL divides once more, by the accumulation steps, which here is left to the loop. The spec
+is that of PPO; the name stands for the local denominator.
 """
 
 DAPO = LossSpec(epsilon_high=0.28, aggregation=Aggregation.TOKEN_MEAN)
