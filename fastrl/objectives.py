@@ -293,7 +293,7 @@ def reinforce(t: Terms, spec: Any) -> Tensor:
 
 @define("importance_sampling")
 def importance_sampling(t: Terms, spec: Any) -> Tensor:
-    """ℓ = −r·A, unclipped."""
+    """ℓ = −r·A, unclipped, with the gradient −r·A at every token (SkyRL; Tinker, which sums)."""
     return -t.log_ratio.exp() * t.advantages
 
 

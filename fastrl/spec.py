@@ -65,11 +65,13 @@ class LossSpec(OwnNumbers):
     log_ratio_clamp: float | None = 20.0
     """Exponents are held to ±this before exp, with zero gradient outside; None = unbounded."""
     kl_coef: float = 0.0
+    """Weight of the KL penalty against `Rollouts.ref_logps`."""
     kl_estimator: str = KLEstimator.K3
     kl_gradient: str = KLGradient.PLAIN
     kl_clamp: float | None = None
     """The KL estimate of a token is held to ±this, with zero gradient outside (verl: 10); None = unbounded."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus; it shares the weights of the aggregation."""
     top_entropy_quantile: float = 1.0
     """Only this fraction of the batch's valid tokens, those with the highest entropy, keeps its policy term
     (arXiv:2506.01939); 1 = all."""
@@ -79,6 +81,7 @@ class LossSpec(OwnNumbers):
     advantage_baseline: str = AdvantageBaseline.MEAN
     advantage_scale: str = AdvantageScale.GROUP
     advantage_eps: float = 1e-4
+    """Added to the scale of the advantages."""
     rollout: RolloutCorrection | None = None
     """Importance weights and rejections from `Rollouts.rollout_logps`; None = they are only measured."""
     off_policy_threshold: float | None = None
