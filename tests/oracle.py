@@ -246,7 +246,8 @@ def number_picked(fraction: float, tokens: Collection[int]) -> int:
 class View:
     """What an objective sees of one token."""
 
-    d: float  # log-ratio at the spec's level, held
+    raw: float  # log-ratio at the spec's level
+    d: float  # the same, held
     own: float  # log-ratio of the token itself
     r: float
     r_sg: float
@@ -255,7 +256,6 @@ class View:
     old: float
     A: float
     log_w: float  # log of the probability ratio of the sequence, rollout weights inside, without gradient
-    geometric: float  # mean over the sequence of clipped log-ratios
     picked: bool
 
 
@@ -287,7 +287,7 @@ def sapo(v: View, spec: LossSpec) -> float:
 
 
 def gmpo(v: View, spec: LossSpec) -> float:
-    return -v.A * math.exp(hold(v.geometric, spec.log_ratio_clamp))
+    return -v.A * v.r
 
 
 def vespo(v: View, spec: LossSpec) -> float:
@@ -404,10 +404,24 @@ def evaluate(
                 "sequence_token": (lp[k] - sg[k] + sums[1] / len(tokens), sums[1] / len(tokens)),
                 "sequence_sum": sums,
             }[level]
-            d, d_sg = hold(d, spec.log_ratio_clamp), hold(d_sg, spec.log_ratio_clamp)
-            log_w = clip(sum(hold(own_sg[j], spec.log_ratio_clamp) for j in tokens) + fix.log_weights[s], math.log(1e-8), 20.0)
-            geometric = mean([clipped_log_ratio(own[j], A[j], spec) for j in tokens])
-            v = View(d, own_sg[k], math.exp(d), math.exp(d_sg), lp[k], sg[k], old[k], A[k], log_w, geometric, k in picked)
+            if spec.objective == "gmpo":  # its ratio is that of the clipped log-ratios
+                d = mean([clipped_log_ratio(own[j], A[j], spec) for j in tokens])
+                d_sg = mean([clipped_log_ratio(own_sg[j], A[j], spec) for j in tokens])
+            raw, d, d_sg = d_sg, hold(d, spec.log_ratio_clamp), hold(d_sg, spec.log_ratio_clamp)
+            product = sum(hold(own_sg[j], spec.log_ratio_clamp) for j in tokens) + fix.log_weights[s]
+            v = View(
+                raw=raw,
+                d=d,
+                own=own_sg[k],
+                r=math.exp(d),
+                r_sg=math.exp(d_sg),
+                lp=lp[k],
+                sg=sg[k],
+                old=old[k],
+                A=A[k],
+                log_w=clip(product, math.log(1e-8), 20.0),
+                picked=k in picked,
+            )
             views[k] = v
             factor = 1.0 if spec.objective == "vespo" else fix.weights[k]
             loss = 0.0 if k in fix.rejected | dropped | silent else factor * objective(v, spec)
@@ -425,3 +439,74 @@ def evaluate(
             }[str(spec.aggregation)]
             total += weight * loss
     return Result(total, kept, views, kls, fix, dropped, len(excluded))
+
+
+# ---------------------------------------------------------------------------- metrics
+
+
+def clipped(v: View, spec: LossSpec) -> tuple[bool, bool]:
+    """At the lower, at the upper bound, on the side that A pushes the token to."""
+    if spec.objective in ("dppo_tv", "dppo_kl"):
+        return dppo_drops(v, spec)
+    if spec.objective == "gmpo":
+        low = -inf if spec.epsilon_low is None else -spec.epsilon_low
+        high = inf if spec.epsilon_high is None else spec.epsilon_high
+        return v.own < low and v.A < 0, v.own > high and v.A > 0
+    low, high = bounds(spec)
+    return v.r_sg < low and v.A < 0, v.r_sg > high and v.A > 0
+
+
+def dual_clipped(v: View, spec: LossSpec) -> bool:
+    return v.A < 0 and ppo_clip(v, spec.replace(dual_clip=None)) > -spec.dual_clip * v.A
+
+
+def sample_size(values: Sequence[float]) -> float:
+    squares = sum(v * v for v in values)
+    return sum(values) ** 2 / squares if squares else 0.0
+
+
+def metrics(c: Case, spec: LossSpec, got: Result, entropy: Floats | None = None) -> dict[str, float]:
+    """Every metric that has a meaning here, under its public name; 0 without a token that counts."""
+    kept, bound = got.kept, spec.log_ratio_clamp
+    views = [got.views[k] for k in kept]
+
+    def average(values: Sequence[float]) -> float:
+        return mean(values) if values else 0.0
+
+    ratios = [v.r_sg for v in views]
+    flags = [clipped(v, spec) for v in views]
+    held = [abs(v.raw) > inf_if_none(bound) for v in views]
+    if spec.kl_coef and spec.kl_estimator == "k3":
+        held = [h or abs(v.sg - c.ref[k]) > inf_if_none(bound) for h, v, k in zip(held, views, kept, strict=True)]
+    gone = (got.correction.rejected | got.dropped) & set(kept)
+    everything = len(kept) + got.excluded
+    out = {
+        "clip_fraction_low": average([f[0] for f in flags]),
+        "clip_fraction_high": average([f[1] for f in flags]),
+        "clip_fraction": average([f[0] or f[1] for f in flags]),
+        "clamped_fraction": average(held),
+        "ratio_mean": average(ratios),
+        "ratio_min": min(ratios, default=0.0),
+        "ratio_max": max(ratios, default=0.0),
+        "effective_sample_size": sample_size(ratios),
+        "approx_kl": average([v.old - v.sg for v in views]),
+        "approx_kl_k3": average([math.exp(-x) - 1 + x for x in (hold(v.old - v.sg, bound) for v in views)]),
+        "ref_kl": average(list(got.kls.values())),
+        "rollout_rejected_fraction": (got.excluded + len(gone)) / everything if everything else 0.0,
+        "tokens": len(kept),
+        "sequences": sum(1 for tokens in c.sequences if set(tokens) & set(kept)),
+    }
+    if spec.dual_clip is not None:
+        out["dual_clip_fraction"] = average([dual_clipped(v, spec) for v in views])
+    if entropy is not None:
+        out["entropy"] = average([entropy[k] for k in kept])
+    raw = [math.exp(hold(got.correction.gaps[k], bound)) for k in kept]
+    weights = [got.correction.weights[k] for k in kept] if spec.rollout is not None or c.factors is not None else raw
+    out["rollout_weight_mean"] = average(weights)
+    out["rollout_effective_sample_size"] = sample_size(weights)
+    out["rollout_chi2"] = average([w * w for w in raw]) - 1 if raw else 0.0
+    return out
+
+
+def inf_if_none(bound: float | None) -> float:
+    return inf if bound is None else bound

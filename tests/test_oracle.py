@@ -38,7 +38,8 @@ def differentiate(logps, rollouts, spec, **given):
 
 def drawn(c, logps, rollouts, spec, entropy):
     """The tokens that clip_cov drew: those whose gradient it removes from ppo_clip."""
-    plain = spec.replace(kl_coef=0.0, kl_estimator="k3", kl_gradient="plain", kl_clamp=None, entropy_coef=0.0)
+    penalties = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_gradient": "plain", "kl_clamp": None, "entropy_coef": 0.0}
+    plain = spec.replace(**penalties, log_ratio_clamp=None)  # beyond the clamp there is no gradient to remove
     numbers = {name: 2e-4 if name.endswith("fraction") else 1.0 for name in ("clip_cov_fraction", "clip_cov_low")}
     clipped = plain.replace(objective="ppo_clip", seed=None, clip_cov_high=5.0, **numbers)
     with_pick = differentiate(logps, rollouts, plain, entropy=entropy)[1].flatten()
@@ -47,14 +48,15 @@ def drawn(c, logps, rollouts, spec, entropy):
 
 
 def numeric(of, values):
-    """Central differences of `of`, None where the two sides disagree: a kink."""
+    """Central differences of `of`, None where the two sides disagree (a kink), and their rounding."""
     centre, out = of(values), []
+    noise = 1e-9 * (1 + abs(centre))
     for k in range(len(values)):
         above, below = (of([v + step * (j == k) for j, v in enumerate(values)]) for step in (STEP, -STEP))
         right, left = (above - centre) / STEP, (centre - below) / STEP
-        smooth = abs(right - left) <= 1e-4 * (1 + abs(right))
+        smooth = abs(right - left) <= 1e-4 * max(abs(right), abs(left)) + noise
         out.append((above - below) / (2 * STEP) if smooth else None)
-    return out
+    return out, noise
 
 
 def check(logps, entropy, rollouts, spec, normalizer=None):
@@ -69,10 +71,12 @@ def check(logps, entropy, rollouts, spec, normalizer=None):
         return oracle.evaluate(c, spec, lp_alone, lp, h_alone, normalizer, picked).loss
 
     assert out.loss.item() == pytest.approx(loss(lp), rel=1e-10, abs=1e-12)
-    noise = 1e-9 * (1 + abs(out.loss.item()))  # of a difference quotient
+    measured = oracle.metrics(c, spec, oracle.evaluate(c, spec, lp, lp, h, normalizer, picked), h)
+    for name, value in out.metrics.to_floats().items():
+        assert value == pytest.approx(measured[name], rel=2e-6, abs=1e-6), name
     slopes = numeric(loss, lp), numeric(lambda h_alone: loss(lp, h_alone), h)
     got = torch.autograd.grad(out.loss, leaves, allow_unused=True, materialize_grads=True)
-    for gradient, slope in zip(got, slopes, strict=True):
+    for gradient, (slope, noise) in zip(got, slopes, strict=True):
         flat = gradient.flatten().tolist()
         largest = max((abs(s) for s in slope if s is not None), default=0.0)
         for k, i in enumerate(c.places):
