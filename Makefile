@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch first and by its exact pin: a range would bring the newest build with its CUDA packages.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# The peers of tests/parity, beside the environment: their wheels bring top-level packages `tests` and `scripts`.
+# OpenRLHF's wheel says CPython 3.11 on Linux and holds Python only.
+ANY_PYTHON := --only-binary=:all: --python-version 3.11 --implementation cp --abi cp311 --platform manylinux1_x86_64
 
 .PHONY: demo compare test lint format bench clean
 
@@ -34,8 +37,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trl,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trl,parity,dev]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(ANY_PYTHON) --target $(VENV)/peers verl openrlhf
 	touch $@
 
 clean:

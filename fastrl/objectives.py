@@ -233,8 +233,8 @@ def vespo(t: Terms, spec: Any) -> Tensor:
     """
     log_w = t.sequence_log_weight.detach().clamp(_LOG_1E_8, 20.0)
     positive = t.advantages >= 0
-    k = torch.where(positive, spec.vespo_k_positive, spec.vespo_k_negative)
-    lam = torch.where(positive, spec.vespo_lambda_positive, spec.vespo_lambda_negative)
+    k = torch.where(positive, log_w.new_tensor(spec.vespo_k_positive), spec.vespo_k_negative)
+    lam = torch.where(positive, log_w.new_tensor(spec.vespo_lambda_positive), spec.vespo_lambda_negative)
     phi = torch.exp(lam + k * log_w - lam * log_w.exp())
     return -phi * t.advantages * t.logps
 

@@ -19,6 +19,7 @@ from fastrl.correction import Behaviour
 from fastrl.flat import Flat
 from fastrl.metrics import STATISTICS
 from fastrl.objectives import Terms, objective
+from fastrl.options import CorrectionLevel
 from fastrl.ratio import log_ratio
 from fastrl.reduction import token_weights
 from fastrl.selection import select
@@ -64,7 +65,7 @@ def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: t
         old_logps=cast(flat.old_logps),
         ref_logps=cast(flat.ref_logps),
         rollout_logps=cast(flat.rollout_logps),
-        policy_weights=cast(flat.policy_weights),
+        policy_weights=None if flat.policy_weights is None else cast(flat.policy_weights).masked_fill(~valid, 0),
         selected=cast(flat.selected),
         sequence=flat.sequence_of_token(),
         lengths=flat.lengths,
@@ -112,10 +113,12 @@ def _sequence_log_weight(logps: Tensor, old: Tensor, inputs: TokenInputs, spec: 
     """(n,) Σ log r + Σ log(rollout weight) of each sequence, every term bounded (TRL 1.16's VESPO)."""
     b = _behaviour(old, inputs)
     total = b.total(hold(_masked(logps.detach() - old, inputs), spec.log_ratio_clamp))
+    weights, per_token = inputs.policy_weights, True
     if spec.rollout is not None and spec.rollout.level is not None:
-        weights = correction.importance_weights(b, spec).log().clamp(math.log(1e-8), 20.0)
-        per_token = spec.rollout.level == "token"
-        total = total + (b.total(_masked(weights, inputs)) if per_token else weights)
+        weights, per_token = correction.importance_weights(b, spec), spec.rollout.level == CorrectionLevel.TOKEN
+    if weights is not None:
+        logs = weights.log().clamp(math.log(1e-8), 20.0)
+        total = total + (b.total(_masked(logs, inputs)) if per_token else logs)
     return total.to(logps.dtype)
 
 
@@ -135,7 +138,7 @@ def _kept(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     """(n,) bool: tokens that neither the rollout correction nor the off-policy mask rejects; None = all."""
     old = _old(logps, inputs)
     weights = rollout_weights(old, inputs, spec)
-    kept = None if weights is None else weights != 0
+    kept = None if weights is None or _folds(spec) else weights != 0
     if _folds(spec) and spec.rollout is not None:
         kept = ~correction.rejected(_behaviour(old, inputs), spec)
     if spec.off_policy_threshold is None:

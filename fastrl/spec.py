@@ -185,14 +185,14 @@ class LossSpec(OwnNumbers):
 
     def _check_combinations(self) -> None:
         self._check_aggregation()
-        if self.is_custom:
-            self._check_reads("a custom objective does its own clipping", ())
+        if self.definition is None:
+            self._check_reads("a custom objective does its own clipping", (), "clip inside the function")
             if self.ratio_level not in (RatioLevel.TOKEN, RatioLevel.SEQUENCE):
                 raise ValueError(
                     f"ratio_level: a custom objective takes 'token' or 'sequence', got {str(self.ratio_level)!r}"
                 )
         else:
-            self._check_objective()
+            self._check_objective(self.definition)
         if self.delta is not None and self.epsilon_high is not None and self.delta <= 1 + self.epsilon_high:
             raise ValueError(
                 f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
@@ -220,9 +220,8 @@ class LossSpec(OwnNumbers):
                 "lengths=...) and pass Rollouts(advantages=...)"
             )
 
-    def _check_objective(self) -> None:
-        name, definition = str(self.objective), self.definition
-        assert definition is not None  # the caller's case
+    def _check_objective(self, definition: Definition) -> None:
+        name = str(self.objective)
         self._check_reads(f"objective {name!r} does not read it", (*definition.reads, *definition.numbers))
         if str(self.ratio_level) not in definition.levels:
             levels = " or ".join(map(repr, definition.levels))
@@ -257,7 +256,7 @@ class LossSpec(OwnNumbers):
                 f"clip_cov_low: expected less than clip_cov_high = {self.clip_cov_high!r}, got {self.clip_cov_low!r}"
             )
 
-    def _check_reads(self, why: str, reads: tuple[str, ...]) -> None:
+    def _check_reads(self, why: str, reads: tuple[str, ...], remedy: str = "") -> None:
         """A number that the objective does not read must stay at its default."""
         clipping = ("epsilon_low", "epsilon_high", "delta", "dual_clip")
         own = tuple(field.name for field in dataclasses.fields(OwnNumbers))
@@ -267,7 +266,7 @@ class LossSpec(OwnNumbers):
                 readers = [key for key, other in OBJECTIVES.items() if name in (*other.reads, *other.numbers)]
                 raise ValueError(
                     f"{name}: {why}, got {getattr(self, name)!r}; leave it at its default {defaults[name]!r}, "
-                    f"or use objective {' or '.join(map(repr, readers))}"
+                    f"{remedy or 'or use objective ' + ' or '.join(map(repr, readers))}"
                 )
 
     def _check_kl(self) -> None:

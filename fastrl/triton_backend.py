@@ -31,8 +31,7 @@ def _transform(scoring: Scoring) -> dict[str, float | None]:
 
 def _numbers(spec: LossSpec) -> dict[str, float | None]:
     """The spec's numbers as runtime scalars; a None removes its branch from the kernel."""
-    definition = spec.definition
-    assert definition is not None  # a custom objective never comes here
+    definition: Any = spec.definition  # not None: a custom objective never comes here
     low, high = bounds(spec)
     taken = kernels.OBJECTIVES[str(spec.objective)].numbers
     own = [getattr(spec, name) for name in definition.numbers[:taken]] + 4 * [None]
@@ -130,8 +129,8 @@ def _launch_policy(
         "advantage_eps": float(spec.advantage_eps),
         "off_policy": off_policy,
     }
-    correction, definition = _correction(spec), spec.definition
-    assert definition is not None
+    correction = _correction(spec)
+    definition: Any = spec.definition
     structure = _structure(spec) | {
         "LEVEL": str(spec.ratio_level),
         "BY_SEQUENCE": spec.by_sequence,

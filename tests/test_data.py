@@ -197,7 +197,11 @@ class TestMetrics:
         full = fastrl.policy_loss(logps, batch.rollouts, backend=backend).metrics
         r = batch.rollouts
         none = fastrl.Rollouts(
-            r.token_ids[:0], advantages=torch.ones(0), old_logps=r.old_logps[:0], ref_logps=r.ref_logps[:0]
+            r.token_ids[:0],
+            advantages=torch.ones(0),
+            old_logps=r.old_logps[:0],
+            ref_logps=r.ref_logps[:0],
+            rollout_logps=r.rollout_logps[:0],
         )
         empty = fastrl.policy_loss(logps[:0], none, backend=backend).metrics
         assert empty["ratio_min"] == empty["ratio_max"] == 0

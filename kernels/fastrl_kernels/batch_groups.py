@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .groups import GROUP_BLOCKS, group_block
-from .policy import _ticket
-from .tune import on_device
+from .tune import on_device, ticket_counter
 
 _BLOCK = 1024  # samples per step of the last program
 
@@ -118,7 +117,7 @@ def batch_advantages(
         varies = torch.empty(R, dtype=torch.int8, device=rewards.device)
         with on_device(rewards):
             _batch_advantage_kernel[(triton.cdiv(R, GROUP_BLOCKS["BLOCK_S"]),)](
-                rewards, weights, group_ids, lengths, advantages, varies, _ticket(rewards.device),
+                rewards, weights, group_ids, lengths, advantages, varies, ticket_counter(rewards.device),
                 R, K, max(group_size, 1), eps, finish_eps, factor,
                 SCALE=scale, FINISH=finish, BLOCK=_BLOCK, **GROUP_BLOCKS, num_warps=4,
             )  # fmt: skip

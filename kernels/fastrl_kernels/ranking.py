@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .logprob import as_bytes
-from .policy import _ticket
-from .tune import on_device
+from .tune import on_device, ticket_counter
 
 _BLOCK_K = 32  # pairs are taken in tiles of 32 × 32
 _BLOCK_P = 256  # rows per step of the last sum
@@ -117,7 +116,7 @@ def ranked_reward(
         partials = scores.new_empty((B, 2), dtype=torch.float32)
         with on_device(scores):
             _ranked_reward_kernel[(B,)](
-                scores, as_bytes(mask), dscores, partials, out, _ticket(scores.device), K,
+                scores, as_bytes(mask), dscores, partials, out, ticket_counter(scores.device), K,
                 BLOCK_K=_BLOCK_K, BLOCK_P=_BLOCK_P, num_warps=4,
             )  # fmt: skip
     else:

@@ -59,3 +59,19 @@ def _warp_size() -> int:
 def on_device(tensor: torch.Tensor) -> Any:
     """Make the tensor's device current for a launch; Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_tickets: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def ticket_counter(device: torch.device) -> torch.Tensor:
+    """A zeroed int32 counter for this device and stream. Launches on a stream run one after the other and the last
+    program zeroes it again, so one counter serves them all without a memset per launch."""
+    # Not kept: under the interpreter, where an error inside a kernel would leave a count behind, and during a capture,
+    # whose memory belongs to the graph.
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros((), dtype=torch.int32, device=device)
+    return _tickets[key]

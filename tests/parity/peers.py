@@ -1,0 +1,100 @@
+"""The peers' own code, loaded without what it needs beside its formulas.
+
+verl and OpenRLHF are installed without dependencies into `<environment>/peers` (see the Makefile): their wheels carry
+top-level packages called `tests` and `scripts`, which do not belong on anyone's path. Ray and the like are stood in for
+while their modules load; no formula of a peer is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(sys.prefix) / "peers"
+_STOOD_IN = {"ray", "orjson", "codetiming", "deepspeed"}
+
+
+class _StandIn(types.ModuleType):
+    """A module whose every public name is an empty class."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in _STOOD_IN:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """The peers' folder on the path and the stand-ins importable; afterwards nobody else can see either."""
+    absent = {name for name in _STOOD_IN if name not in sys.modules}
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.path.remove(str(FOLDER))
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+            del sys.modules[name]
+
+
+def _need(package: str) -> None:
+    if not (FOLDER / package).exists():
+        pytest.skip(f"needs {package} in {FOLDER} (`make test` puts it there)", allow_module_level=True)
+
+
+@functools.cache
+def verl() -> types.SimpleNamespace:
+    """verl's losses, advantage estimators, rollout correction and configurations."""
+    _need("verl")
+    for module in ("tensordict", "omegaconf"):
+        pytest.importorskip(module, reason=f"needs {module} (the extra `parity`)")
+    with _loading():
+        return types.SimpleNamespace(
+            core=importlib.import_module("verl.trainer.ppo.core_algos"),
+            rollout=importlib.import_module("verl.trainer.ppo.rollout_corr_helper"),
+            losses=importlib.import_module("verl.workers.utils.losses"),
+            config=importlib.import_module("verl.workers.config"),
+            algorithm=importlib.import_module("verl.trainer.config"),
+        )
+
+
+@functools.cache
+def openrlhf() -> types.SimpleNamespace:
+    """OpenRLHF's loss file and the estimators beside it, without its package (which imports its trainers)."""
+    _need("openrlhf")
+    package = types.ModuleType("openrlhf_models")
+    package.__path__ = [str(FOLDER / "openrlhf" / "models")]
+    sys.modules["openrlhf_models"] = package
+    with _loading():
+        return types.SimpleNamespace(
+            loss=importlib.import_module("openrlhf_models.loss"),
+            utils=importlib.import_module("openrlhf_models.utils"),
+        )
