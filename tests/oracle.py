@@ -146,18 +146,19 @@ def log_weight(w: float) -> float:
     return clip(math.log(w) if w > 0 else -inf, math.log(1e-8), 20.0)
 
 
-def given(c: Case, gaps: Floats) -> Correction:
+def given(c: Case, spec: LossSpec, gaps: Floats) -> Correction:
     """Without a correction by the spec: the trainer's own weights, or 1."""
     factors = [1.0] * len(c.places) if c.factors is None else c.factors
     logs = [sum(log_weight(factors[k]) for k in tokens) for tokens in c.sequences]
-    return Correction(factors, logs, {k for k, w in enumerate(factors) if w == 0}, gaps)
+    zero = {k for k, w in enumerate(factors) if w == 0 and spec.objective != "vespo"}  # there a factor of w: 1e-8
+    return Correction(factors, logs, zero, gaps)
 
 
 def correction(c: Case, spec: LossSpec, old: Floats) -> Correction:
     how, n, bound = spec.rollout, len(c.places), spec.log_ratio_clamp
     gaps = [0.0] * n if c.sampler is None else [gap(o, q) for o, q in zip(old, c.sampler, strict=True)]
     if how is None:
-        return given(c, gaps)
+        return given(c, spec, gaps)
     low, high = 0.0 if how.lower is None else how.lower, inf if how.upper is None else how.upper
     weights, logs, rejected = [1.0] * n, [0.0] * len(c.sequences), set()
     for s, tokens in enumerate(c.sequences):
