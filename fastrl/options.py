@@ -106,7 +106,8 @@ class Divergence(Option):
     K3 = "k3"
     """ρ − 1 − log ρ."""
     TV = "tv"
-    """|π_old − π_rollout| of the token, the total variation between "this token" and "another"."""
+    """|π_old − π_rollout| of the token, the total variation between "this token" and "another", both kept 1e-6 from 0
+    and 1 (as for binary_kl)."""
     BINARY_KL = "binary_kl"
     """KL(rollout ‖ old) between those two outcomes."""
 
