@@ -49,6 +49,8 @@ COMING_FROM = (
     ("verl", '`"bypass_mode"` with reinforce', "[`REINFORCE`](#reinforce) with `rollout=...`, no `old_logps`"),
     ("verl", '`kl_loss_type="low_var_kl"`', '`kl_clamp=10.0`; a "+" at the end is `kl_gradient="straight_through"`'),
     ("OpenRLHF", '`"ppo"`, `"gspo"`', "[`PPO`](#ppo), [`GSPO`](#gspo)"),
+    ("SkyRL", '`"regular"`, `"dual_clip"`', "[`PPO`](#ppo), with `dual_clip` for the second"),
+    ("SkyRL", '`"gspo"`', "[`GSPO_TOKEN`](#gspo_token)"),
     ("ROLL", '`"ppo"`, `"vanilla"`', "[`PPO`](#ppo), [`REINFORCE`](#reinforce)"),
     ("ROLL", '`"topr"`, `"kimi15"`', "[`TOPR`](#topr), [`DRO`](#dro)"),
     ("ROLL", '`"cispo"`, `"tis"`', "[`CISPO`](#cispo); for tis `epsilon_low=1`, `epsilon_high=0`"),

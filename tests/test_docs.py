@@ -152,6 +152,17 @@ def test_sequence_gradients_are_as_the_docstrings_say(name, share):
     torch.testing.assert_close(logps.grad, torch.full_like(shifts, -s * share), rtol=1e-9, atol=0)
 
 
+def test_gmpo_gradient_is_0_at_clipped_tokens():
+    shifts = torch.tensor([[0.7, -0.1, -0.6]], dtype=torch.float64)
+    old = torch.full_like(shifts, -2.0)
+    logps = (old + shifts).requires_grad_()
+    rollouts = fastrl.Rollouts(torch.zeros(1, 3).long(), advantages=torch.ones(1, dtype=torch.float64), old_logps=old)
+    fastrl.policy_loss(logps, rollouts, fastrl.GMPO, backend="torch").loss.backward()
+    g = math.exp((0.4 - 0.1 - 0.6) / 3)  # the clipped token counts with its bound, and low ones are free for A > 0
+    want = torch.tensor([[0.0, -g / 3, -g / 3]], dtype=torch.float64)
+    torch.testing.assert_close(logps.grad, want, rtol=1e-9, atol=0)
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), flags=re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
