@@ -203,6 +203,8 @@ class LossSpec(OwnNumbers):
                 f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
                 f"ratio, beyond the clip range), got {self.delta!r}"
             )
+        if self.objective != "clip_cov" and self.seed is not None:
+            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
         self._check_kl()
         self._check_rollout()
 
@@ -244,8 +246,6 @@ class LossSpec(OwnNumbers):
                 "seed: objective 'clip_cov' draws tokens at random and needs an int, got None; change it every step: "
                 "spec.replace(seed=step)"
             )
-        if name != "clip_cov" and self.seed is not None:
-            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
         if definition.selects and self.top_entropy_quantile < 1:
             raise ValueError(
                 f"top_entropy_quantile: objective {name!r} picks tokens by itself, got {self.top_entropy_quantile!r}; "
