@@ -23,6 +23,7 @@ from .batch_fns import (
     sequence_numbers,
     sequence_of,
     token_weight,
+    tokens_advantage,
     valid_tokens,
 )
 from .correction_fns import log_rho
@@ -78,13 +79,19 @@ def _policy_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
 
     length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = 1.0, 0.0, 1.0, 0.0, 0.0, 0.0
+    shared_advantage, shared_weight = 0.0, 0.0
     if BY_SEQUENCE:
+        whole = pid >= 0
+        shared_weight = token_weight(pid, whole, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+        if not PER_TOKEN_ADVANTAGE:
+            shared_advantage = load_advantage(
+                advantages_ptr, rewards_ptr, pid, pid, first_sequence, whole, G, advantage_eps, False, BASELINE, SCALE
+            )
         length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = sequence_numbers(
-            logp_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
-            pid, start, stop, G, first_sequence,
-            low, high, bound, lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
-            OBJECTIVE, LEVEL, FOLDS, CORRECTION, MODE, REJECT, REJECT_LEVEL,
-            PER_TOKEN_ADVANTAGE, BASELINE, SCALE, BLOCK_N,
+            logp_ptr, mask_ptr, advantages_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
+            pid, start, stop,
+            shared_advantage, low, high, bound, lower, upper, reject_lower, reject_upper, off_policy,
+            OBJECTIVE, LEVEL, FOLDS, CORRECTION, MODE, REJECT, REJECT_LEVEL, PER_TOKEN_ADVANTAGE, BLOCK_N,
         )  # fmt: skip
 
     # The sums of this program. Where the ratio's gradient goes through the sequence, a first pass collects
@@ -99,14 +106,16 @@ def _policy_fwd_kernel(
             offs = at + offs_n
             valid = valid_tokens(mask_ptr, offs, stop)
             logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
-            sequence = pid + offs * 0
-            if not BY_SEQUENCE:
+            if BY_SEQUENCE:
+                sequence = offs
+                weight = tl.where(valid, shared_weight, 0.0)
+            else:
                 sequence = sequence_of(offs, sequence_ptr, T, valid)
-            advantage = load_advantage(
-                advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, advantage_eps,
-                PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
+                weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+            advantage = tokens_advantage(
+                shared_advantage, advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, advantage_eps,
+                BY_SEQUENCE, PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
             )  # fmt: skip
-            weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
             log_ratio = gap
             if LEVEL != "token":
                 log_ratio = gap * 0.0 + sequence_log_ratio
