@@ -51,7 +51,7 @@ _POINTERS = [
 @triton.jit(do_not_specialize=["N", "T", "G", "first_sequence"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
     logp_ptr, entropy_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, ref_ptr, rollout_ptr,
-    policy_weights_ptr, selected_ptr, sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
+    policy_weights_ptr, selected_ptr, entropy_weights_ptr, sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
     loss_ptr, statistics_ptr, dlogp_ptr, dentropy_ptr, partials_ptr, ticket_ptr,
 
     N, T, G, first_sequence,
@@ -160,13 +160,16 @@ def _policy_fwd_kernel(
                 if dlogp_ptr is not None:
                     dlogp = tl.where(valid, tl.where(logp == logp, dlogp, float("nan")), 0.0)
                     tl.store(dlogp_ptr + offs, dlogp, mask=written)
+                entropy_weight = weight
+                if entropy_weights_ptr is not None:
+                    entropy_weight = load_or(entropy_weights_ptr, offs, valid, 0.0)
                 if dentropy_ptr is not None:
-                    tl.store(dentropy_ptr + offs, -entropy_coef * weight, mask=written)
+                    tl.store(dentropy_ptr + offs, -entropy_coef * entropy_weight, mask=written)
                 if entropy_ptr is not None:
                     entropy = load_or(entropy_ptr, offs, valid, 0.0)
                     sum_entropy += masked_sum(entropy, valid)
                     if entropy_coef is not None:
-                        loss -= entropy_coef * entropy
+                        sum_loss -= masked_sum(entropy_coef * entropy_weight * entropy, valid)
                 sum_loss += masked_sum(weight * loss, valid)
                 sum_low += masked_sum(low_flag, valid)
                 sum_high += masked_sum(high_flag, valid)
@@ -254,6 +257,7 @@ def policy_loss_fwd(
     rollout: Tensor | None,
     policy_weights: Tensor | None,
     selected: Tensor | None,
+    entropy_weights: Tensor | None,
     sequence_ids: Tensor | None,  # (N,) int32, packed
     cu_seqlens: Tensor | None,  # (S + 1,) int64, packed
     lengths: Tensor,  # (S,) fp32 valid tokens
@@ -283,7 +287,7 @@ def policy_loss_fwd(
     with on_device(logp):
         _policy_fwd_kernel[(programs,)](
             logp, entropy, as_bytes(mask), advantages, rewards, old, ref, rollout,
-            policy_weights, selected, sequence_ids, cu_seqlens, lengths, denominator,
+            policy_weights, selected, entropy_weights, sequence_ids, cu_seqlens, lengths, denominator,
             loss, statistics, dlogp, dentropy, partials, ticket_counter(logp.device),
             N, width, group_size, first_sequence, **numbers, **structure,
             PER_TOKEN_ADVANTAGE=per_token_advantages,
