@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # OpenRLHF's wheel says CPython 3.11 on Linux and holds Python only.
 ANY_PYTHON := --only-binary=:all: --python-version 3.11 --implementation cp --abi cp311 --platform manylinux1_x86_64
 
-.PHONY: demo compare test lint format bench clean
+.PHONY: demo compare test docs lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/grpo_trl.py
@@ -20,6 +20,9 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
 	$(BIN)/python examples/hand_written_loop.py
 	$(BIN)/python examples/hf_trainer.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

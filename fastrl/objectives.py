@@ -229,7 +229,8 @@ _LOG_1E_8 = math.log(1e-8)
 def vespo(t: Terms, spec: Any) -> Tensor:
     """ℓ = −sg(φ(w))·A·log π, φ(w) = e^λ·w^k·e^(−λw), log w = Σₜ log r + Σₜ log(rollout weight) held to [log 1e-8, 20].
 
-    k and λ by the sign of A; φ(1) = 1 (arXiv:2602.10693). Rollout weights are part of w, not a factor of the loss.
+    k and λ by the sign of A; φ(1) = 1 (arXiv:2602.10693). Rollout weights are part of w, a weight of the sequence
+    once and one of 0 as 1e-8, and not a factor of the loss; only `reject` and the off-policy mask drop tokens.
     """
     log_w = t.sequence_log_weight.detach().clamp(_LOG_1E_8, 20.0)
     positive = t.advantages >= 0
@@ -293,7 +294,7 @@ def reinforce(t: Terms, spec: Any) -> Tensor:
 
 @define("importance_sampling")
 def importance_sampling(t: Terms, spec: Any) -> Tensor:
-    """ℓ = −r·A, unclipped."""
+    """ℓ = −r·A, unclipped, with the gradient −r·A at every token (SkyRL; Tinker, which sums)."""
     return -t.log_ratio.exp() * t.advantages
 
 

@@ -16,20 +16,24 @@ class Option(str, Enum):
 
 class RatioLevel(Option):
     TOKEN = "token"
-    """r_t = exp(logp_t - old_t)."""
+    """r = exp(log π − log π_old) of the token itself."""
     SEQUENCE = "sequence"
-    """s = exp(mean over the sequence of logp_t - old_t), shared by its tokens, gradient through the mean (GSPO)."""
+    """s = exp(mean of log r over the sequence), shared by its tokens, gradient through the mean (GSPO)."""
     SEQUENCE_TOKEN = "sequence_token"
     """The value of `sequence`, the gradient of the token's own log-prob: sg(s)·π/sg(π) (GSPO-token)."""
     SEQUENCE_SUM = "sequence_sum"
-    """s = exp(sum over the sequence), the probability ratio of the whole answer (RLOO)."""
+    """s = exp(sum of log r), the probability ratio of the whole answer (RLOO)."""
 
 
 class KLEstimator(Option):
     K1 = "k1"
+    """x = log π − log π_ref: unbiased, of either sign."""
     ABS = "abs"
+    """|x|."""
     K2 = "k2"
+    """x²/2: its gradient, x, is that of the KL on policy."""
     K3 = "k3"
+    """e⁻ˣ − 1 + x: unbiased and never negative."""
 
 
 class KLGradient(Option):
@@ -43,24 +47,35 @@ class KLGradient(Option):
 
 class Aggregation(Option):
     TOKEN_MEAN = "token-mean"
+    """Σ ℓ / D, D the tokens that count."""
     SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+    """Σᵢ (meanₜ ℓ) / D, D the sequences with such a token."""
     SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
+    """Σᵢ (Σₜ ℓ) / D, D as above."""
     SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
+    """Σᵢ (Σₜ ℓ) / (D · max_length), D as above."""
     TOKEN_SUM = "token-sum"
+    """Σ ℓ."""
 
 
 class AdvantageBaseline(Option):
     MEAN = "mean"
+    """The mean of the group."""
     LEAVE_ONE_OUT = "leave-one-out"
+    """The mean of the others (RLOO)."""
     NONE = "none"
+    """Rewards as they are."""
     LENGTH_WEIGHTED = "length-weighted"
     """Σ len·r / Σ len of the group (OPO); only outside the loss, see `advantages.group_advantages`."""
 
 
 class AdvantageScale(Option):
     GROUP = "group"
+    """The unbiased std of the group."""
     BATCH = "batch"
+    """The unbiased std of the batch."""
     NONE = "none"
+    """No division (Dr. GRPO)."""
     LEAVE_ONE_OUT = "leave-one-out"
     """The unbiased std of the others, divided by only where it is above 0 (NeMo-RL)."""
     MEAN = "mean"
@@ -91,16 +106,21 @@ class Divergence(Option):
     K3 = "k3"
     """ρ − 1 − log ρ."""
     TV = "tv"
-    """|π_old − π_rollout| of the token, the total variation between "this token" and "another"."""
+    """|π_old − π_rollout| of the token, the total variation between "this token" and "another", both kept 1e-6 from 0
+    and 1 (as for binary_kl)."""
     BINARY_KL = "binary_kl"
     """KL(rollout ‖ old) between those two outcomes."""
 
 
 class DivergenceLevel(Option):
     TOKEN = "token"
+    """Each token by its own divergence."""
     SEQUENCE_MEAN = "sequence-mean"
+    """The whole sequence by the mean over its tokens."""
     SEQUENCE_SUM = "sequence-sum"
+    """By the sum."""
     SEQUENCE_MAX = "sequence-max"
+    """By the maximum."""
 
 
 def option(enum: type[Option], value: Any, name: str) -> Any:

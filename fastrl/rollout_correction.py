@@ -22,7 +22,8 @@ class RolloutCorrection:
     that sampled (`Rollouts.rollout_logps`; NaN there means ρ = 1).
 
     A weight multiplies the token's policy term (not its KL, not its entropy bonus), without gradient; a rejected token
-    has weight 0. log ρ, and its sum over a sequence, is held to ±log_ratio_clamp.
+    has weight 0. Exponents (log ρ, or its sum or mean over the sequence) are held to ±log_ratio_clamp once, after the
+    sum; k1, k2 and k3 are taken of the held log ρ of each token.
 
     Which settings are whose:
         TIS (Yao et al. 2025; TRL "token_truncate", slime, verl "token"): level "token", mode "truncate", upper 2.
@@ -44,7 +45,8 @@ class RolloutCorrection:
     upper: float | None = None
     """Upper bound on the weight; None = unbounded."""
     normalize: bool = False
-    """Divide the weights by their mean over the batch's valid tokens (level "token") or sequences (else)."""
+    """Divide the weights by their mean over the batch's valid tokens (level "token") or sequences (else), the zeros of
+    mode "mask" included, before anything else is rejected (verl)."""
     reject: str | None = None
     """Reject where this divergence between old and rollout policy leaves [reject_lower, reject_upper]."""
     reject_level: str = DivergenceLevel.TOKEN
@@ -54,10 +56,12 @@ class RolloutCorrection:
     reject_upper: float | None = None
     """Bounds on the divergence, in nats (tv: in probability). k1 is signed: −log ρ."""
     second_moment: float | None = None
-    """M2PO (arXiv:2510.01161): reject the fewest tokens, largest (log ρ)² first, that leave its mean below this."""
+    """M2PO (arXiv:2510.01161): reject the fewest tokens, largest (log ρ)² first, that leave its mean below this; one
+    token always stays."""
     rejected_in_denominator: bool = True
     """True: rejected tokens still count in the aggregation's denominators and keep their KL and entropy terms (TRL,
-    AReaL, slime). False: they are masked, in every term and every count (verl); needs `old_logps`."""
+    AReaL, slime). False: they are masked in every term and every count of the loss (verl), after weights and
+    divergences were taken over all tokens; needs `old_logps`."""
 
     def __post_init__(self) -> None:
         def put(name: str, enum: type) -> None:

@@ -65,25 +65,30 @@ class LossSpec(OwnNumbers):
     log_ratio_clamp: float | None = 20.0
     """Exponents are held to ±this before exp, with zero gradient outside; None = unbounded."""
     kl_coef: float = 0.0
+    """Weight of the KL penalty against `Rollouts.ref_logps`."""
     kl_estimator: str = KLEstimator.K3
     kl_gradient: str = KLGradient.PLAIN
     kl_clamp: float | None = None
-    """The KL estimate of a token is held to ±this, with zero gradient outside (verl: 10); None = unbounded."""
+    """The KL estimate of a token is held to ±this, with zero gradient outside, except that of straight_through (verl:
+    10); None = unbounded."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus; it shares the weights of the aggregation."""
     top_entropy_quantile: float = 1.0
-    """Only this fraction of the batch's valid tokens, those with the highest entropy, keeps its policy term
-    (arXiv:2506.01939); 1 = all."""
+    """Only this fraction of the batch's valid tokens, those with the highest entropy, keeps its policy term: H at or
+    above the 1 − fraction quantile, as `torch.quantile` interpolates it, at least one (arXiv:2506.01939); 1 = all."""
     aggregation: str = Aggregation.TOKEN_MEAN
     max_length: int | None = None
     """The constant divisor of seq-mean-token-sum-norm (Dr. GRPO), in tokens."""
     advantage_baseline: str = AdvantageBaseline.MEAN
     advantage_scale: str = AdvantageScale.GROUP
     advantage_eps: float = 1e-4
+    """Added to the scale of the advantages."""
     rollout: RolloutCorrection | None = None
     """Importance weights and rejections from `Rollouts.rollout_logps`; None = they are only measured."""
     off_policy_threshold: float | None = None
     """Drop the policy term of tokens with A < 0 in sequences whose mean of rollout − logp (old − logp without
-    rollout_logps) exceeds this, in nats (DeepSeek-V3.2's off-policy sequence mask, arXiv:2512.02556); None = off."""
+    rollout_logps) exceeds this, in nats (DeepSeek-V3.2's off-policy sequence mask, arXiv:2512.02556); a token that the
+    sampler did not score counts as 0 in that mean. None = off."""
     seed: int | None = None
     """clip_cov draws tokens by this number and their place in the batch: change it every step."""
 

@@ -7,6 +7,7 @@ finite difference in `lp` alone is the gradient that autograd must give, also wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def case(rollouts: Rollouts) -> Case:
     ends = [T * b for b in range(B + 1)] if rollouts.cu_seqlens is None else rollouts.cu_seqlens.tolist()
     keep = [True] * n if rollouts.mask is None else [bool(m) for m in rollouts.mask.flatten().tolist()]
     places = [i for i in range(n) if keep[i]]
-    sequences = [[k for k, i in enumerate(places) if a <= i < b] for a, b in zip(ends, ends[1:], strict=False)]
+    sequences = [[k for k, i in enumerate(places) if a <= i < b] for a, b in itertools.pairwise(ends)]
     S = len(sequences)
 
     def of_tokens(values: Any) -> Floats | None:
@@ -189,7 +190,10 @@ def far(c: Case, spec: LossSpec, old: Floats, gaps: Floats) -> set[int]:
     how = spec.rollout
     if how.reject is None:
         return set()
-    own = [divergence(how.reject, hold(g, spec.log_ratio_clamp), o, q) for g, o, q in zip(gaps, old, c.sampler, strict=True)]
+    own = [
+        divergence(how.reject, hold(g, spec.log_ratio_clamp), o, q)
+        for g, o, q in zip(gaps, old, c.sampler, strict=True)
+    ]
     low = -inf if how.reject_lower is None else how.reject_lower
     high = inf if how.reject_upper is None else how.reject_upper
     out: set[int] = set()

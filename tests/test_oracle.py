@@ -115,7 +115,9 @@ def test_logits_and_hidden(name):
     full = logps.new_zeros(rollouts.token_ids.numel()).index_put((torch.tensor(c.places),), logps.detach())
     full_entropy = torch.zeros_like(full).index_put((torch.tensor(c.places),), entropy.detach())
     shape = rollouts.shape
-    picked = drawn(c, full.view(shape), rollouts, spec, full_entropy.view(shape)) if spec.objective == "clip_cov" else ()
+    picked = (
+        drawn(c, full.view(shape), rollouts, spec, full_entropy.view(shape)) if spec.objective == "clip_cov" else ()
+    )
 
     def loss(lp_alone, h_alone=h):
         return oracle.evaluate(c, spec, lp_alone, lp, h_alone, None, picked).loss
