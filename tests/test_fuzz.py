@@ -18,7 +18,9 @@ PICKING = ("clip_cov", "kl_cov")
 def problems(draw):
     """(logits, rollouts, spec, temperature, normalizer), padded or packed, any mask, in a strange layout or not."""
     spec = draw(specs())
-    ranks = spec.top_entropy_quantile < 1 or spec.objective in PICKING  # by numbers that must differ by more than rounding
+    ranks = (
+        spec.top_entropy_quantile < 1 or spec.objective in PICKING
+    )  # by numbers that must differ by more than rounding
     S, T = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     V = draw(st.sampled_from([7, 17, 31, 64, 129] if ranks else [1, 2, 3, 7, 17, 31, 64, 129]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
