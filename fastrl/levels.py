@@ -254,7 +254,7 @@ def hidden_loss(
     stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
     scores = RowScores(*stack.unbind(0))
     scale = _half_scale(inputs.weights) if any(needs) and hidden.dtype == torch.float16 else None
-    scaled = inputs if scale is None else inputs._replace(weights=inputs.weights * scale)
+    scaled = inputs if scale is None else _scaled_weights(inputs, scale)
     grad_count = rows.grad_count if any(needs) else 0
     longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
     dlogp = torch.zeros_like(scores.logp)
@@ -308,6 +308,11 @@ def _score_and_differentiate(
     backend.score(logits, scoring, scores)
     backend.coefficients(scores, inputs, scoring.rows, spec, dlogp, dentropy)
     backend.differentiate(logits, scoring, scores, dlogp, dentropy, logits)
+
+
+def _scaled_weights(inputs: TokenInputs, scale: Tensor) -> TokenInputs:
+    own = None if inputs.entropy_weights is None else inputs.entropy_weights * scale
+    return inputs._replace(weights=inputs.weights * scale, entropy_weights=own)
 
 
 def _half_scale(weights: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class Metrics(Mapping[str, Tensor]):
     weights as applied, of exp(old − rollout) without a correction; rollout_effective_sample_size = (Σv)²/Σv² of them,
     in tokens; rollout_chi2 = mean(exp(old − rollout)²) − 1, per token; rollout_rejected_fraction: tokens that the
     correction or the off-policy mask dropped. tokens, sequences: counts. A sequence-level ratio counts once per
-    token. With no valid token every value is 0.
+    token; gmpo's is the clipped geometric mean. clamped_fraction counts exponents of the ratio, and of k3 when it is in
+    the loss. With no valid token every value is 0.
 
     Names without an input are absent: ref_kl without ref_logps, entropy without entropies, dual_clip_fraction without
     dual_clip, the rollout ones without rollout_logps or rollout_weights, clip fractions with an objective that does not

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.flat import Flat
+from fastrl.flat import Flat, segment_sum
 from fastrl.spec import Aggregation, LossSpec
 
 TOKENS, SEQUENCES = 0, 1  # places within `Flat.counts`
@@ -23,7 +23,11 @@ class Weighting(NamedTuple):
 
 def weighting(spec: LossSpec) -> Weighting:
     """How the spec's aggregation weighs a token."""
-    match spec.aggregation:
+    return _weighting(spec.aggregation, spec.max_length)
+
+
+def _weighting(aggregation: str, max_length: int | None) -> Weighting:
+    match aggregation:
         case Aggregation.TOKEN_MEAN:
             return Weighting(False, TOKENS, 1.0)
         case Aggregation.TOKEN_SUM:
@@ -33,8 +37,8 @@ def weighting(spec: LossSpec) -> Weighting:
         case Aggregation.SEQ_MEAN_TOKEN_SUM:
             return Weighting(False, SEQUENCES, 1.0)
         case Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
-            return Weighting(False, SEQUENCES, 1.0 / spec.max_length)
-    raise AssertionError(spec.aggregation)
+            return Weighting(False, SEQUENCES, 1.0 / (max_length or 1))
+    raise AssertionError(aggregation)
 
 
 def denominator(counts: Tensor, normalizer: Tensor | None, spec: LossSpec) -> Tensor | None:
@@ -54,6 +58,21 @@ def token_weights(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: 
     how = weighting(spec)
     lengths = flat.per_token(flat.lengths) if how.per_sequence_mean else None
     return _weights(flat.token_ids, flat.mask, lengths, denominator(flat.counts, normalizer, spec), how, dtype)
+
+
+def entropy_weights(flat: Flat, spec: LossSpec, dtype: torch.dtype) -> Tensor | None:
+    """(N,) weights of the entropy bonus by `entropy_aggregation`, over the tokens that the entropy quantile keeps and
+    by their own count; None = those of the loss."""
+    if spec.entropy_aggregation is None:
+        return None
+    how = _weighting(spec.entropy_aggregation, None)
+    keep = flat.valid()
+    if spec.top_entropy_quantile < 1 and flat.selected is not None:
+        keep = keep & (flat.selected != 0)
+    lengths = segment_sum(keep.to(dtype), flat.sequence_of_token(), flat.num_sequences)
+    counts = torch.stack([lengths.sum(), (lengths > 0).sum().to(dtype)])
+    count = None if how.denominator is None else counts[how.denominator].clamp_min(1)
+    return _weights(flat.token_ids, keep, flat.per_token(lengths), count, how, dtype)
 
 
 def padded_weights(keep: Tensor, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> Tensor:

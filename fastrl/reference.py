@@ -21,7 +21,7 @@ from fastrl.metrics import STATISTICS
 from fastrl.objectives import Terms, objective
 from fastrl.options import CorrectionLevel
 from fastrl.ratio import log_ratio
-from fastrl.reduction import token_weights
+from fastrl.reduction import entropy_weights, token_weights
 from fastrl.selection import select
 from fastrl.spec import KLEstimator, LossSpec
 
@@ -32,6 +32,7 @@ class TokenInputs(NamedTuple):
     valid: Tensor  # (n,) bool
     advantages: Tensor  # (n,) 0 under the mask
     weights: Tensor  # (n,) 0 under the mask
+    entropy_weights: Tensor | None  # (n,) 0 under the mask; None = weights
     old_logps: Tensor | None  # (n,)
     ref_logps: Tensor | None  # (n,)
     rollout_logps: Tensor | None  # (n,)
@@ -62,6 +63,7 @@ def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: t
         valid=valid,
         advantages=token_advantages(flat, spec, dtype).masked_fill(~valid, 0),
         weights=token_weights(flat, normalizer, spec, dtype),
+        entropy_weights=entropy_weights(flat, spec, dtype),
         old_logps=cast(flat.old_logps),
         ref_logps=cast(flat.ref_logps),
         rollout_logps=cast(flat.rollout_logps),
@@ -158,8 +160,8 @@ def policy_weights(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor
     return inputs.selected if weights is None else weights * inputs.selected
 
 
-def per_token_loss(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
-    """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL − entropy_coef·H."""
+def per_token_loss(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+    """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL."""
     t = terms(logps, inputs, spec)
     loss = objective(t, spec)
     weights = policy_weights(logps, inputs, spec)
@@ -169,14 +171,16 @@ def per_token_loss(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, s
     if spec.kl_coef:
         x = _masked(logps - inputs.ref_logps, inputs)
         loss = loss + spec.kl_coef * kl.kl_penalty(x, t.log_ratio.exp(), spec)
-    if spec.entropy_coef:
-        loss = loss - spec.entropy_coef * _masked(entropy, inputs)
     return loss
 
 
-def aggregate(loss: Tensor, inputs: TokenInputs) -> Tensor:
-    """Σₜ wₜ·ℓₜ over the tokens that count."""
-    return _masked(inputs.weights * loss, inputs).sum()
+def total_loss(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+    """Σₜ wₜ·(v·ℓ + kl_coef·KL − entropy_coef·H)ₜ over the tokens that count, 0-d."""
+    terms = inputs.weights * per_token_loss(logps, inputs, spec)
+    if spec.entropy_coef:
+        weights = inputs.weights if inputs.entropy_weights is None else inputs.entropy_weights
+        terms = terms - weights * spec.entropy_coef * _masked(entropy, inputs)
+    return _masked(terms, inputs).sum()
 
 
 @torch.no_grad()
@@ -265,7 +269,7 @@ def token_loss(
     `flat` is as `correction.correct_batch` left it.
     """
     logps, entropy, inputs = expand(logps, entropy, flat, normalizer, spec)
-    loss = aggregate(per_token_loss(logps, entropy, inputs, spec), inputs)
+    loss = total_loss(logps, entropy, inputs, spec)
     return loss, statistics(logps, entropy, inputs, spec)
 
 

@@ -73,6 +73,9 @@ class LossSpec(OwnNumbers):
     10); None = unbounded."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; it shares the weights of the aggregation."""
+    entropy_aggregation: str | None = None
+    """How the entropy bonus adds up, over the tokens that `top_entropy_quantile` keeps and by their own local count,
+    never by `normalizer`: "token-mean" is TRL's bonus, whatever its loss_type. None = as the loss."""
     top_entropy_quantile: float = 1.0
     """Only this fraction of the batch's valid tokens, those with the highest entropy, keeps its policy term: H at or
     above the 1 − fraction quantile, as `torch.quantile` interpolates it, at least one (arXiv:2506.01939); 1 = all."""
@@ -159,6 +162,8 @@ class LossSpec(OwnNumbers):
         put("kl_estimator", KLEstimator)
         put("kl_gradient", KLGradient)
         put("aggregation", Aggregation)
+        if self.entropy_aggregation is not None:
+            put("entropy_aggregation", Aggregation)
         put("advantage_baseline", AdvantageBaseline)
         put("advantage_scale", AdvantageScale)
 
@@ -203,10 +208,22 @@ class LossSpec(OwnNumbers):
                 f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
                 f"ratio, beyond the clip range), got {self.delta!r}"
             )
+        if self.objective != "clip_cov" and self.seed is not None:
+            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
         self._check_kl()
         self._check_rollout()
 
     def _check_aggregation(self) -> None:
+        if self.entropy_aggregation == Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
+            raise ValueError(
+                "entropy_aggregation: 'seq-mean-token-sum-norm' has no length of its own to divide by; use "
+                "'seq-mean-token-sum' and divide entropy_coef"
+            )
+        if self.entropy_aggregation is not None and not self.entropy_coef:
+            raise ValueError(
+                f"entropy_aggregation: {str(self.entropy_aggregation)!r} has no effect while entropy_coef is 0; set "
+                "entropy_coef or leave it None"
+            )
         if self.aggregation == Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
             if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
                 raise ValueError(
@@ -244,8 +261,6 @@ class LossSpec(OwnNumbers):
                 "seed: objective 'clip_cov' draws tokens at random and needs an int, got None; change it every step: "
                 "spec.replace(seed=step)"
             )
-        if name != "clip_cov" and self.seed is not None:
-            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
         if definition.selects and self.top_entropy_quantile < 1:
             raise ValueError(
                 f"top_entropy_quantile: objective {name!r} picks tokens by itself, got {self.top_entropy_quantile!r}; "

@@ -189,7 +189,7 @@ def _value_and_grad(
     """Σ w·ℓ and its derivatives, by autograd over the specification."""
 
     def loss(logps: Tensor, entropy: Tensor | None) -> Tensor:
-        return reference.aggregate(reference.per_token_loss(logps, entropy, inputs, spec), inputs)
+        return reference.total_loss(logps, entropy, inputs, spec)
 
     variables = (logps,) if not spec.entropy_coef or entropy is None else (logps, entropy)
     with _autograd():
@@ -223,7 +223,7 @@ def token_loss(
     logps, entropy, inputs = reference.expand(logps, entropy, flat, normalizer, spec)
     statistics = reference.statistics(logps, entropy, inputs, spec)
     if not grad:
-        loss = reference.aggregate(reference.per_token_loss(logps, entropy, inputs, spec), inputs)
+        loss = reference.total_loss(logps, entropy, inputs, spec)
         return loss, statistics, None, None
     loss, dlogp, dentropy = _value_and_grad(logps, entropy, inputs, spec)
     return loss, statistics, dlogp, dentropy

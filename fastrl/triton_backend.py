@@ -12,7 +12,7 @@ from fastrl import metrics, torch_backend
 from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
 from fastrl.objectives import bounds
-from fastrl.reduction import denominator, weighting
+from fastrl.reduction import denominator, entropy_weights, weighting
 from fastrl.reference import TokenInputs
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
@@ -102,7 +102,7 @@ def score_and_differentiate(
     """Steps A and C and B's derivative in one kernel, for losses of a token's own row."""
     kernels.fused_loss_grad(
         logits, out, scoring.ids, scoring.mask, scoring.rows, scoring.temperature,
-        inputs.advantages, inputs.weights, inputs.old_logps, inputs.ref_logps,
+        inputs.advantages, inputs.weights, inputs.entropy_weights, inputs.old_logps, inputs.ref_logps,
         inputs.rollout_logps, inputs.policy_weights, *scores, dlogp, dentropy,
         transform=_transform(scoring), numbers=_numbers(spec), structure=_structure(spec),
     )  # fmt: skip
@@ -152,6 +152,7 @@ def _launch_policy(
         rollout=flat.rollout_logps,
         policy_weights=flat.policy_weights,
         selected=flat.selected,
+        entropy_weights=entropy_weights(flat, spec, torch.float32),
         sequence_ids=flat.sequence_ids,
         cu_seqlens=flat.cu_seqlens,
         lengths=flat.lengths,

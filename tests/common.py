@@ -49,6 +49,10 @@ OPTIONS: dict[str, LossSpec] = {
     "k2": fastrl.GRPO.replace(kl_coef=0.3, kl_estimator="k2"),
     "k3": fastrl.GRPO.replace(kl_coef=0.3),
     "entropy": fastrl.DAPO.replace(entropy_coef=0.1),
+    "entropy-own-mean": fastrl.GRPO.replace(entropy_coef=0.1, entropy_aggregation="token-mean"),
+    "entropy-own-sequences": fastrl.GSPO.replace(
+        entropy_coef=-0.1, entropy_aggregation="seq-mean-token-mean", top_entropy_quantile=0.6
+    ),
     "token-sum": fastrl.PPO.replace(aggregation="token-sum"),
     "seq-mean-token-sum": fastrl.PPO.replace(aggregation="seq-mean-token-sum"),
     "no-clamp": fastrl.PPO.replace(log_ratio_clamp=None),

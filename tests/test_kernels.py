@@ -248,7 +248,7 @@ def test_device_twins_of_the_registry(spec):
     )
     leaf = (old + grid[:, None]).double().requires_grad_()
     rows, _, inputs = reference.expand(leaf.reshape(-1), None, rollouts.flat, None, spec)
-    losses = reference.per_token_loss(rows, None, inputs, spec)
+    losses = reference.per_token_loss(rows, inputs, spec)
     (want,) = torch.autograd.grad(losses.sum(), leaf)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mine = (old + grid[:, None]).to(device).requires_grad_()

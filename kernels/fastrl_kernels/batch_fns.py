@@ -78,6 +78,22 @@ def load_advantage(
 
 
 @triton.jit
+def tokens_advantage(
+    shared, advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, eps,
+    BY_SEQUENCE: tl.constexpr, PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """The same for a block of tokens, where `shared` is that of their sequence if they have one in common."""
+    if BY_SEQUENCE and not PER_TOKEN_ADVANTAGE:
+        advantage = tl.zeros_like(offs).to(tl.float32) + shared
+    else:
+        advantage = load_advantage(
+            advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, eps,
+            PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
+        )  # fmt: skip
+    return advantage
+
+
+@triton.jit
 def load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid):
     """(logp, logp − old, rollout); without old log-probs the old policy is this one, without rollout ones the sampler
     is the old policy."""
@@ -93,12 +109,12 @@ def load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid):
 
 @triton.jit
 def sequence_numbers(
-    logp_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
-    i, start, stop, G, first_sequence,
-    low, high, bound, lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
+    logp_ptr, mask_ptr, advantages_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
+    i, start, stop,
+    shared_advantage, low, high, bound, lower, upper, reject_lower, reject_upper, off_policy,
     OBJECTIVE: tl.constexpr, LEVEL: tl.constexpr, FOLDS: tl.constexpr,
     CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, REJECT_LEVEL: tl.constexpr,
-    PER_TOKEN_ADVANTAGE: tl.constexpr, BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PER_TOKEN_ADVANTAGE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What a token needs of its whole sequence i, in one pass over it: (length, log-ratio, rollout weight, 1 if it is
     rejected, mean of behaviour − logp, log-weight of an objective that weighs sequences)."""
@@ -112,10 +128,9 @@ def sequence_numbers(
         logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
         prepared = gap
         if OBJECTIVE == "gmpo":
-            advantage = load_advantage(
-                advantages_ptr, rewards_ptr, offs, i + offs * 0, first_sequence, valid, G, advantage_eps,
-                PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
-            )  # fmt: skip
+            advantage = tl.zeros((BLOCK_N,), tl.float32) + shared_advantage
+            if PER_TOKEN_ADVANTAGE:
+                advantage = load_or(advantages_ptr, offs, valid, 0.0)
             prepared, _ = prepare(gap, advantage, low, high, OBJECTIVE)
         gaps += exact_sum(prepared, valid)
         if CORRECTION != "off":

@@ -114,6 +114,7 @@ def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
         "kl_clamp",
         "entropy_coef",
         "dentropy_ptr",
+        "entropy_weights_ptr",
         "delta",
         "dual_clip",
         *uncorrected,
@@ -157,7 +158,7 @@ def _policy_build(name: str, changes: dict[str, Any], absent: tuple[str, ...] = 
 
 def _policy_builds() -> Iterator[Build]:
     padded = ("sequence_ptr", "cu_ptr")
-    bare = ("policy_weights_ptr", "selected_ptr", "off_policy", *_BOUNDS)
+    bare = ("policy_weights_ptr", "selected_ptr", "entropy_weights_ptr", "off_policy", *_BOUNDS)
     lean = (*bare, "ref_ptr", "kl_coef", "kl_clamp", "rollout_ptr", "dual_clip", "delta")
     sequence = {"LEVEL": "sequence", "BY_SEQUENCE": True, "PER_SEQUENCE_MEAN": True}
     # Every advantage scale once at each level, with either layout and with everything on or off.
@@ -187,7 +188,7 @@ def _policy_builds() -> Iterator[Build]:
 
 
 def _corrected_policy_builds(padded: tuple[str, ...]) -> Iterator[Build]:
-    selections = ("policy_weights_ptr", "selected_ptr")
+    selections = ("policy_weights_ptr", "selected_ptr", "entropy_weights_ptr")
     for level, reject, at in (
         ("token", "k3", "token"),
         ("token", "binary_kl", "sequence-mean"),

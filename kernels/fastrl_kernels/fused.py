@@ -28,7 +28,7 @@ from .tune import PER_ROW, on_device, row_config
 @triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
 def _fused_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
-    advantages_ptr, weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+    advantages_ptr, weights_ptr, entropy_weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
     logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
 
     stride_b, stride_t, out_stride_b, out_stride_t,
@@ -86,7 +86,10 @@ def _fused_kernel(
     tl.store(dlogp_ptr + n, c)
     live = valid & (c != 0)
     if entropy_coef is not None:
-        e = -entropy_coef * tl.load(weights_ptr + n, mask=valid, other=0.0)
+        if entropy_weights_ptr is not None:
+            e = -entropy_coef * tl.load(entropy_weights_ptr + n, mask=valid, other=0.0)
+        else:
+            e = -entropy_coef * tl.load(weights_ptr + n, mask=valid, other=0.0)
         tl.store(dentropy_ptr + n, e)
         live = live | (valid & (e != 0))
     # In place, the gradient overwrites logits that the whole program must have read before.
@@ -106,6 +109,7 @@ def fused_loss_grad(
     temperature: Tensor | None,  # (N,) fp32
     advantages: Tensor,  # (N,) fp32
     weights: Tensor,  # (N,) fp32
+    entropy_weights: Tensor | None,  # (N,) fp32; None = weights
     old: Tensor | None,  # (N,) fp32
     ref: Tensor | None,  # (N,) fp32, as the next two
     rollout: Tensor | None,
@@ -130,7 +134,7 @@ def fused_loss_grad(
     out_stride_b, out_stride_t, out_T = row_strides(dlogits)
     with on_device(logits):
         _fused_kernel[(num_rows(logits),)](
-            logits, dlogits, ids, as_bytes(mask), rows, temperature, advantages, weights, old, ref,
+            logits, dlogits, ids, as_bytes(mask), rows, temperature, advantages, weights, entropy_weights, old, ref,
             rollout, policy_weights, logp, entropy, row_max, log_sum, dlogp, dentropy,
             stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, math.log(V),
             **transform, **numbers, **structure, BLOCK_V=config.block_v, num_warps=config.num_warps,

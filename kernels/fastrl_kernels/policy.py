@@ -23,6 +23,7 @@ from .batch_fns import (
     sequence_numbers,
     sequence_of,
     token_weight,
+    tokens_advantage,
     valid_tokens,
 )
 from .correction_fns import log_rho
@@ -50,7 +51,7 @@ _POINTERS = [
 @triton.jit(do_not_specialize=["N", "T", "G", "first_sequence"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
     logp_ptr, entropy_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, ref_ptr, rollout_ptr,
-    policy_weights_ptr, selected_ptr, sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
+    policy_weights_ptr, selected_ptr, entropy_weights_ptr, sequence_ptr, cu_ptr, lengths_ptr, denominator_ptr,
     loss_ptr, statistics_ptr, dlogp_ptr, dentropy_ptr, partials_ptr, ticket_ptr,
 
     N, T, G, first_sequence,
@@ -78,13 +79,19 @@ def _policy_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
 
     length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = 1.0, 0.0, 1.0, 0.0, 0.0, 0.0
+    shared_advantage, shared_weight = 0.0, 0.0
     if BY_SEQUENCE:
+        whole = pid >= 0
+        shared_weight = token_weight(pid, whole, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+        if not PER_TOKEN_ADVANTAGE:
+            shared_advantage = load_advantage(
+                advantages_ptr, rewards_ptr, pid, pid, first_sequence, whole, G, advantage_eps, False, BASELINE, SCALE
+            )
         length, sequence_log_ratio, sequence_weight, sequence_rejected, behaviour, log_weight = sequence_numbers(
-            logp_ptr, mask_ptr, advantages_ptr, rewards_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
-            pid, start, stop, G, first_sequence,
-            low, high, bound, lower, upper, reject_lower, reject_upper, off_policy, advantage_eps,
-            OBJECTIVE, LEVEL, FOLDS, CORRECTION, MODE, REJECT, REJECT_LEVEL,
-            PER_TOKEN_ADVANTAGE, BASELINE, SCALE, BLOCK_N,
+            logp_ptr, mask_ptr, advantages_ptr, old_ptr, rollout_ptr, policy_weights_ptr, lengths_ptr,
+            pid, start, stop,
+            shared_advantage, low, high, bound, lower, upper, reject_lower, reject_upper, off_policy,
+            OBJECTIVE, LEVEL, FOLDS, CORRECTION, MODE, REJECT, REJECT_LEVEL, PER_TOKEN_ADVANTAGE, BLOCK_N,
         )  # fmt: skip
 
     # The sums of this program. Where the ratio's gradient goes through the sequence, a first pass collects
@@ -99,14 +106,16 @@ def _policy_fwd_kernel(
             offs = at + offs_n
             valid = valid_tokens(mask_ptr, offs, stop)
             logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
-            sequence = pid + offs * 0
-            if not BY_SEQUENCE:
+            if BY_SEQUENCE:
+                sequence = offs
+                weight = tl.where(valid, shared_weight, 0.0)
+            else:
                 sequence = sequence_of(offs, sequence_ptr, T, valid)
-            advantage = load_advantage(
-                advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, advantage_eps,
-                PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
+                weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
+            advantage = tokens_advantage(
+                shared_advantage, advantages_ptr, rewards_ptr, offs, sequence, first_sequence, valid, G, advantage_eps,
+                BY_SEQUENCE, PER_TOKEN_ADVANTAGE, BASELINE, SCALE,
             )  # fmt: skip
-            weight = token_weight(sequence, valid, lengths_ptr, denominator_ptr, weight_scale, PER_SEQUENCE_MEAN)
             log_ratio = gap
             if LEVEL != "token":
                 log_ratio = gap * 0.0 + sequence_log_ratio
@@ -151,13 +160,16 @@ def _policy_fwd_kernel(
                 if dlogp_ptr is not None:
                     dlogp = tl.where(valid, tl.where(logp == logp, dlogp, float("nan")), 0.0)
                     tl.store(dlogp_ptr + offs, dlogp, mask=written)
+                entropy_weight = weight
+                if entropy_weights_ptr is not None:
+                    entropy_weight = load_or(entropy_weights_ptr, offs, valid, 0.0)
                 if dentropy_ptr is not None:
-                    tl.store(dentropy_ptr + offs, -entropy_coef * weight, mask=written)
+                    tl.store(dentropy_ptr + offs, -entropy_coef * entropy_weight, mask=written)
                 if entropy_ptr is not None:
                     entropy = load_or(entropy_ptr, offs, valid, 0.0)
                     sum_entropy += masked_sum(entropy, valid)
                     if entropy_coef is not None:
-                        loss -= entropy_coef * entropy
+                        sum_loss -= masked_sum(entropy_coef * entropy_weight * entropy, valid)
                 sum_loss += masked_sum(weight * loss, valid)
                 sum_low += masked_sum(low_flag, valid)
                 sum_high += masked_sum(high_flag, valid)
@@ -245,6 +257,7 @@ def policy_loss_fwd(
     rollout: Tensor | None,
     policy_weights: Tensor | None,
     selected: Tensor | None,
+    entropy_weights: Tensor | None,
     sequence_ids: Tensor | None,  # (N,) int32, packed
     cu_seqlens: Tensor | None,  # (S + 1,) int64, packed
     lengths: Tensor,  # (S,) fp32 valid tokens
@@ -274,7 +287,7 @@ def policy_loss_fwd(
     with on_device(logp):
         _policy_fwd_kernel[(programs,)](
             logp, entropy, as_bytes(mask), advantages, rewards, old, ref, rollout,
-            policy_weights, selected, sequence_ids, cu_seqlens, lengths, denominator,
+            policy_weights, selected, entropy_weights, sequence_ids, cu_seqlens, lengths, denominator,
             loss, statistics, dlogp, dentropy, partials, ticket_counter(logp.device),
             N, width, group_size, first_sequence, **numbers, **structure,
             PER_TOKEN_ADVANTAGE=per_token_advantages,

@@ -10,9 +10,9 @@ import torch
 import triton
 
 PER_ROW = [
-    "ids_ptr", "mask_ptr", "rows_ptr", "temperature_ptr", "advantages_ptr", "weights_ptr", "old_ptr", "ref_ptr",
-    "rollout_ptr", "policy_weights_ptr",
-    "logp_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr", "dlogp_ptr", "dentropy_ptr",
+    "ids_ptr", "mask_ptr", "rows_ptr", "temperature_ptr", "advantages_ptr", "weights_ptr", "entropy_weights_ptr",
+    "old_ptr", "ref_ptr", "rollout_ptr", "policy_weights_ptr", "logp_ptr", "entropy_ptr", "max_ptr", "log_sum_ptr",
+    "dlogp_ptr", "dentropy_ptr",
 ]  # fmt: skip
 """Pointers that a row kernel reads one number from. Their alignment changes with N and with views of them, and must not
 compile another variant."""
