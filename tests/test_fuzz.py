@@ -113,13 +113,13 @@ def check(backend, problem):
     assert not gradient.numel() or (gradient - other).abs().max() <= 1e-4 * largest
 
 
-@settings(max_examples=150)
+@settings(max_examples=130)
 @given(problem=problems())
 def test_torch(problem):
     check("torch", problem)
 
 
-@settings(max_examples=60)
+@settings(max_examples=45)
 @given(problem=problems())
 def test_triton(problem):
     logits, rollouts, *rest = problem
@@ -131,7 +131,7 @@ def test_triton(problem):
         check("triton", (logits.to(device), rollouts.to(device), *rest))
 
 
-@settings(max_examples=60)
+@settings(max_examples=45)
 @given(problem=problems(), rows=st.integers(1, 9), data=st.data())
 def test_hidden(problem, rows, data):
     """From hidden states: identity head, so that the logits are the hidden states; any chunk size."""
