@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import codegen, machine, memory, report, runner, suites
+from bench import codegen, cost, machine, memory, report, runner, suites
 from bench.case import Case
 from bench.quiet import undisturbed
 from bench.timing import copy_bandwidth, gemm_rate
@@ -36,7 +36,8 @@ suites:
   scan     GAE over padded batches with holes in the mask, against the loop over T
   all      all of them
 
-`python -m bench codegen` reports registers, spills and access widths of every kernel instead (no GPU needed)."""
+Two reports need no GPU: `python -m bench codegen`, registers, spills and access widths of every kernel, and
+`python -m bench cost`, the bytes that they move and the FLOP of the GEMMs, counted."""
 ON_CPU = (
     "[bold yellow]{}mall cases on the CPU, where fastrl runs in plain torch. "
     "These numbers say nothing about the Triton kernels.[/]"
@@ -67,10 +68,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["codegen"]:
-        sub = argparse.ArgumentParser(prog="python -m bench codegen", description=codegen.__doc__)
-        codegen.add_arguments(sub)
-        return codegen.main(sub.parse_args(arguments[1:]))
+    for name, tool in (("codegen", codegen), ("cost", cost)):
+        if arguments[:1] == [name]:
+            sub = argparse.ArgumentParser(prog=f"python -m bench {name}", description=tool.__doc__)
+            tool.add_arguments(sub)
+            return tool.main(sub.parse_args(arguments[1:]))
     options = parser().parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

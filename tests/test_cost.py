@@ -1,0 +1,91 @@
+"""The cost model: bytes per logit and FLOP per N·H·V as counted, so that an added pass or GEMM fails here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+if torch.cuda.is_available():
+    pytest.skip("counts in Triton's interpreter: needs TRITON_INTERPRET=1 and no GPU", allow_module_level=True)
+
+from bench import cost
+
+ROW = 0.02  # bytes per logit that a row costs beyond its logits, at the vocabulary of the cost model
+
+
+@pytest.mark.parametrize(
+    ("case", "read", "distinct", "written"),
+    [
+        # bf16: 2 bytes a logit and pass
+        ("log-probs and entropies", 2, 2, 0),
+        ("log-probs, forward and backward", 4, 2, 2),
+        ("loss, one-pass kernel", 4, 2, 2),
+        ("loss, sequence ratio", 4, 2, 2),
+        ("loss, zero advantage", 2, 2, 2),  # scored, and written without a second read
+        ("loss, masked", 0, 0, 2),
+    ],
+)
+def test_bytes_per_logit(case, read, distinct, written, logits):
+    found = logits[case]
+    for figure, bytes_per_logit in (
+        (found.read_issued, read),
+        (found.read_distinct, distinct),
+        (found.written_issued, written),
+        (found.written_distinct, written),
+    ):
+        assert bytes_per_logit <= figure <= bytes_per_logit + ROW
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return {row.case: row for row in cost.logits_costs()}
+
+
+def test_bytes_per_token():
+    """At most what the docstrings of the kernels say."""
+    found = {row.case: row for row in cost.token_costs()}
+    policy = [row for case, row in found.items() if case.startswith("policy_loss")]
+    assert all(row.read_distinct <= 33.5 and row.written_distinct <= 8.5 for row in policy)
+    bare = found["policy_loss, token ratio, bare"]
+    assert bare.read_distinct <= 8.5 and bare.written_distinct <= 4.5  # logp and old; dlogp
+    sequence = found["policy_loss, sequence ratio, bare"]
+    assert sequence.read_issued <= 3 * bare.read_distinct
+    gae = found["gae"]
+    assert 9 <= gae.read_distinct <= 9.1 and 8 <= gae.written_distinct <= 8.1
+
+
+@pytest.mark.parametrize(
+    ("case", "flop"),
+    [
+        ("trainable head", 6),
+        ("frozen head", 4),
+        ("half of the sequences with zero advantage", 2 + 4 / 2),
+        ("half of the tokens masked", 3),
+        ("sequence ratio", 6),
+        ("sequence ratio, sequences beyond the buffer", 8),
+        ("picks within the batch", 8),
+    ],
+)
+def test_flop_of_the_hidden_level(case, flop, hidden):
+    assert hidden[f"loss from hidden states, {case}"].flop == flop
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return {row.case: row for row in cost.hidden_costs()}
+
+
+def test_a_second_read_shows():
+    """The count is of what the kernel does: reading a tensor twice counts twice."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def twice(x_ptr, N: tl.constexpr):
+        x = tl.load(x_ptr + tl.arange(0, N)) + tl.load(x_ptr + tl.arange(0, N))
+        tl.store(x_ptr + tl.arange(0, N), x)
+
+    with cost.counted() as traffic:
+        twice[(1,)](torch.zeros(8), N=8)
+    assert traffic.issued == {"read": 64, "written": 32} and traffic.distinct("read") == 32
