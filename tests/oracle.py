@@ -168,6 +168,15 @@ class Result:
     excluded: int
 
 
+def own_aggregation(name: str, sequences: list[Floats]) -> float:
+    """Of values by their own count."""
+    sums = [sum(values) for values in sequences]
+    over = {"token-mean": sum(map(len, sequences)), "token-sum": 1}.get(name, len(sequences))
+    if name == "seq-mean-token-mean":
+        sums = [mean(values) for values in sequences]
+    return sum(sums) / max(over, 1)
+
+
 def evaluate(
     c: Case,
     spec: LossSpec,
@@ -231,7 +240,7 @@ def evaluate(
             if c.ref is not None:
                 kls[k] = kl(lp[k] - c.ref[k], sg[k] - c.ref[k], v.r, spec)
                 loss += spec.kl_coef * kls[k] if spec.kl_coef else 0.0
-            if spec.entropy_coef:
+            if spec.entropy_coef and spec.entropy_aggregation is None:
                 loss -= spec.entropy_coef * entropy[k]
             weight = {
                 "token-mean": 1 / D,
@@ -241,6 +250,9 @@ def evaluate(
                 "seq-mean-token-sum-norm": 1 / (D * (spec.max_length or 1)),
             }[str(spec.aggregation)]
             total += weight * loss
+    if spec.entropy_aggregation is not None:
+        loud = [[entropy[k] for k in tokens if k not in silent] for tokens in sequences]
+        total -= spec.entropy_coef * own_aggregation(str(spec.entropy_aggregation), [h for h in loud if h])
     return Result(total, kept, views, kls, fix, dropped, len(excluded))
 
 
