@@ -7,218 +7,16 @@ finite difference in `lp` alone is the gradient that autograd must give, also wh
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fastrl import LossSpec, Rollouts
+from oracle_data import Case, Floats, advantages, case, clip, hold, inf, mean, sign
+from oracle_sampler import Correction, correction, strays
 
-inf = math.inf
-Floats = list[float]
+from fastrl import LossSpec
 
-
-@dataclass(frozen=True)
-class Case:
-    """The tokens that count, one after the other; what stands under the mask is not here at all."""
-
-    places: list[int]  # of each token among the flat rows of the rollouts
-    sequences: list[list[int]]  # tokens of each sequence, the empty ones included
-    rewards: tuple[Floats, list[int]] | None  # of each sequence, and its group
-    advantages: Floats | None  # of each token, unless there are rewards
-    old: Floats | None
-    ref: Floats | None
-    sampler: Floats | None  # NaN = not scored
-    factors: Floats | None  # `rollout_weights`
-
-
-def case(rollouts: Rollouts) -> Case:
-    """Padded or packed rollouts, from their public fields."""
-    B, T = rollouts.shape if len(rollouts.shape) == 2 else (0, 0)
-    n = rollouts.token_ids.numel()
-    ends = [T * b for b in range(B + 1)] if rollouts.cu_seqlens is None else rollouts.cu_seqlens.tolist()
-    keep = [True] * n if rollouts.mask is None else [bool(m) for m in rollouts.mask.flatten().tolist()]
-    places = [i for i in range(n) if keep[i]]
-    sequences = [[k for k, i in enumerate(places) if a <= i < b] for a, b in itertools.pairwise(ends)]
-    S = len(sequences)
-
-    def of_tokens(values: Any) -> Floats | None:
-        return None if values is None else [values.flatten().tolist()[i] for i in places]
-
-    given, rewards = None, None
-    if rollouts.advantages is not None:
-        per_sequence = rollouts.advantages.numel() == S
-        flat = rollouts.advantages.flatten().tolist()
-        of_token = {k: s for s, tokens in enumerate(sequences) for k in tokens}
-        given = [flat[of_token[k] if per_sequence else i] for k, i in enumerate(places)]
-    else:
-        groups = rollouts.group_ids.tolist() if rollouts.group_size is None else None
-        rewards = (
-            [float(r) for r in rollouts.rewards.tolist()],
-            groups or [s // rollouts.group_size for s in range(S)],
-        )
-    return Case(
-        places,
-        sequences,
-        rewards,
-        given,
-        of_tokens(rollouts.old_logps),
-        of_tokens(rollouts.ref_logps),
-        of_tokens(rollouts.rollout_logps),
-        of_tokens(rollouts.rollout_weights),
-    )
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Unbiased standard deviation; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    centre = mean(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1))
-
-
-def hold(x: float, bound: float | None) -> float:
-    return x if bound is None else max(-bound, min(bound, x))
-
-
-def clip(x: float, low: float, high: float) -> float:
-    return max(low, min(high, x))
-
-
-def sign(x: float) -> float:
-    return math.copysign(1.0, x) if x else 0.0
-
-
-def advantages(c: Case, spec: LossSpec) -> Floats:
-    """Of each token: given, or (reward − baseline) / (std + eps) of its group."""
-    if c.advantages is not None:
-        return c.advantages
-    rewards, groups = c.rewards
-    out = [0.0] * len(c.places)
-    for s, tokens in enumerate(c.sequences):
-        group = [r for r, g in zip(rewards, groups, strict=True) if g == groups[s]]
-        others = (sum(group) - rewards[s]) / (len(group) - 1) if len(group) > 1 else 0.0
-        centred = rewards[s] - {"mean": mean(group), "leave-one-out": others, "none": 0.0}[spec.advantage_baseline]
-        scale = {"group": deviation(group), "batch": deviation(rewards), "none": None}[spec.advantage_scale]
-        flat = len(set(group)) == 1 and (spec.advantage_baseline != "none" or spec.advantage_scale == "group")
-        for k in tokens:
-            out[k] = 0.0 if flat else centred if scale is None else centred / (scale + spec.advantage_eps)
-    return out
-
-
-# ---------------------------------------------------------------------------- the sampler
-
-
-@dataclass
-class Correction:
-    """What the rollout correction does to each token."""
-
-    weights: Floats  # factor of the policy term, 0 where rejected
-    log_weights: Floats  # of each sequence, for the objective that folds them in
-    rejected: set[int]
-    gaps: Floats  # log ρ, 0 where not scored
-
-
-def gap(old: float, sampler: float) -> float:
-    """log ρ."""
-    return 0.0 if math.isnan(sampler) else old - sampler
-
-
-def divergence(kind: str, gap: float, old: float, sampler: float) -> float:
-    if kind == "k1":
-        return -gap
-    if kind == "k2":
-        return gap * gap / 2
-    if kind == "k3":
-        return math.exp(gap) - 1 - gap
-    if math.isnan(sampler):
-        return 0.0
-    p, q = (clip(math.exp(x), 1e-6, 1 - 1e-6) for x in (old, sampler))
-    return abs(p - q) if kind == "tv" else q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
-
-
-def log_weight(w: float) -> float:
-    """log w held to [log 1e-8, 20]."""
-    return clip(math.log(w) if w > 0 else -inf, math.log(1e-8), 20.0)
-
-
-def given(c: Case, spec: LossSpec, gaps: Floats) -> Correction:
-    """Without a correction by the spec: the trainer's own weights, or 1."""
-    factors = [1.0] * len(c.places) if c.factors is None else c.factors
-    logs = [sum(log_weight(factors[k]) for k in tokens) for tokens in c.sequences]
-    zero = {k for k, w in enumerate(factors) if w == 0 and spec.objective != "vespo"}  # there a factor of w: 1e-8
-    return Correction(factors, logs, zero, gaps)
-
-
-def correction(c: Case, spec: LossSpec, old: Floats) -> Correction:
-    how, n, bound = spec.rollout, len(c.places), spec.log_ratio_clamp
-    gaps = [0.0] * n if c.sampler is None else [gap(o, q) for o, q in zip(old, c.sampler, strict=True)]
-    if how is None:
-        return given(c, spec, gaps)
-    low, high = 0.0 if how.lower is None else how.lower, inf if how.upper is None else how.upper
-    weights, logs, rejected = [1.0] * n, [0.0] * len(c.sequences), set()
-    for s, tokens in enumerate(c.sequences):
-        total = sum(gaps[k] for k in tokens)
-        for k in tokens:
-            of_level = {"token": gaps[k], "sequence": total, "geometric": total / len(tokens)}
-            w = math.exp(hold(of_level.get(str(how.level), 0.0), bound))
-            weights[k] = clip(w, low, high) if how.mode == "truncate" else w if low <= w <= high else 0.0
-        each = tokens[:1] if how.level == "sequence" else tokens
-        logs[s] = sum(log_weight(weights[k]) for k in each)
-    if how.mode == "mask":
-        rejected |= {k for k in range(n) if weights[k] == 0}
-    if how.normalize and n:
-        of_sequences = [mean([weights[k] for k in tokens]) for tokens in c.sequences if tokens]
-        average = mean(weights if how.level == "token" else of_sequences)
-        weights = [w / average if average > 1e-8 else w for w in weights]
-    gated = far(c, spec, old, gaps)
-    if how.second_moment is not None:
-        left = sorted(range(n), key=lambda k: gaps[k] ** 2)
-        while len(left) > 1 and mean([gaps[k] ** 2 for k in left]) >= how.second_moment:
-            gated.add(left.pop())
-    weights = [0.0 if k in gated else w for k, w in enumerate(weights)]
-    return Correction(weights, logs, gated if spec.objective == "vespo" else rejected | gated, gaps)
-
-
-def far(c: Case, spec: LossSpec, old: Floats, gaps: Floats) -> set[int]:
-    """Tokens whose divergence leaves its bounds."""
-    how = spec.rollout
-    if how.reject is None:
-        return set()
-    own = [
-        divergence(how.reject, hold(g, spec.log_ratio_clamp), o, q)
-        for g, o, q in zip(gaps, old, c.sampler, strict=True)
-    ]
-    low = -inf if how.reject_lower is None else how.reject_lower
-    high = inf if how.reject_upper is None else how.reject_upper
-    out: set[int] = set()
-    for tokens in filter(None, c.sequences):
-        all_of_it = [own[k] for k in tokens]
-        whole = {
-            "sequence-mean": mean(all_of_it),
-            "sequence-sum": sum(all_of_it),
-            "sequence-max": max(all_of_it),
-        }
-        out |= {k for k in tokens if not low <= whole.get(str(how.reject_level), own[k]) <= high}
-    return out
-
-
-def strays(c: Case, sequences: list[list[int]], spec: LossSpec, old: Floats, sg: Floats, A: Floats) -> set[int]:
-    """Tokens with A < 0 in sequences whose policy has left the sampler."""
-    out: set[int] = set()
-    if spec.off_policy_threshold is None:
-        return out
-    sampler = old if c.sampler is None else [p if math.isnan(q) else q for p, q in zip(sg, c.sampler, strict=True)]
-    for tokens in filter(None, sequences):
-        if mean([sampler[k] - sg[k] for k in tokens]) > spec.off_policy_threshold:
-            out |= {k for k in tokens if A[k] < 0}
-    return out
-
+__all__ = ["advantages", "case", "clipped", "covariances", "evaluate", "metrics", "number_picked"]
 
 # ---------------------------------------------------------------------------- tokens by rank
 
@@ -370,6 +168,15 @@ class Result:
     excluded: int
 
 
+def own_aggregation(name: str, sequences: list[Floats]) -> float:
+    """Of values by their own count."""
+    sums = [sum(values) for values in sequences]
+    over = {"token-mean": sum(map(len, sequences)), "token-sum": 1}.get(name, len(sequences))
+    if name == "seq-mean-token-mean":
+        sums = [mean(values) for values in sequences]
+    return sum(sums) / max(over, 1)
+
+
 def evaluate(
     c: Case,
     spec: LossSpec,
@@ -433,7 +240,7 @@ def evaluate(
             if c.ref is not None:
                 kls[k] = kl(lp[k] - c.ref[k], sg[k] - c.ref[k], v.r, spec)
                 loss += spec.kl_coef * kls[k] if spec.kl_coef else 0.0
-            if spec.entropy_coef:
+            if spec.entropy_coef and spec.entropy_aggregation is None:
                 loss -= spec.entropy_coef * entropy[k]
             weight = {
                 "token-mean": 1 / D,
@@ -443,6 +250,9 @@ def evaluate(
                 "seq-mean-token-sum-norm": 1 / (D * (spec.max_length or 1)),
             }[str(spec.aggregation)]
             total += weight * loss
+    if spec.entropy_aggregation is not None:
+        loud = [[entropy[k] for k in tokens if k not in silent] for tokens in sequences]
+        total -= spec.entropy_coef * own_aggregation(str(spec.entropy_aggregation), [h for h in loud if h])
     return Result(total, kept, views, kls, fix, dropped, len(excluded))
 
 

@@ -98,11 +98,14 @@ def specs(draw, *, with_custom=False):
         given["rollout"] = draw(corrections(objective, level))
     if not (picks or objective == "gmpo") and draw(st.integers(0, 3)) == 0:
         given["top_entropy_quantile"] = draw(st.sampled_from([0.0, 0.2, 0.51, 0.8]))
+    given["entropy_coef"] = draw(st.sampled_from([0.0, 0.1, -0.05]))
+    if given["entropy_coef"] and draw(maybe):
+        own = [str(a) for a in fastrl.options.Aggregation if not a.endswith("norm")]
+        given["entropy_aggregation"] = draw(st.sampled_from(own))
     return LossSpec(
         objective=objective,
         ratio_level=level,
         log_ratio_clamp=draw(st.sampled_from([None, 0.5, 20.0])),
-        entropy_coef=draw(st.sampled_from([0.0, 0.1, -0.05])),
         off_policy_threshold=draw(st.sampled_from([None, None, 0.013, -0.017])),
         aggregation=aggregation,
         max_length=7 if aggregation.endswith("norm") else None,

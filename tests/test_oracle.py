@@ -40,6 +40,7 @@ def differentiate(logps, rollouts, spec, **given):
 def drawn(c, logps, rollouts, spec, entropy):
     """The tokens that clip_cov drew: those whose gradient it removes from ppo_clip."""
     penalties = {"kl_coef": 0.0, "kl_estimator": "k3", "kl_gradient": "plain", "kl_clamp": None, "entropy_coef": 0.0}
+    penalties["entropy_aggregation"] = None
     plain = spec.replace(**penalties, log_ratio_clamp=None)  # beyond the clamp there is no gradient to remove
     numbers = {name: 2e-4 if name.endswith("fraction") else 1.0 for name in ("clip_cov_fraction", "clip_cov_low")}
     clipped = plain.replace(objective="ppo_clip", seed=None, clip_cov_high=5.0, **numbers)
@@ -169,7 +170,7 @@ def tied(rollouts, spec, logps):
     """Whether two tokens have one covariance, as any two tokens alone have."""
     c = oracle.case(rollouts)
     lp = [logps.flatten()[i].item() for i in c.places]
-    kept = oracle.evaluate(c, spec.replace(entropy_coef=0.0), lp, lp).kept
+    kept = oracle.evaluate(c, spec.replace(entropy_coef=0.0, entropy_aggregation=None), lp, lp).kept
     ordered = sorted(oracle.covariances(kept, lp, oracle.advantages(c, spec)).values())
     return any(b - a < 1e-9 for a, b in itertools.pairwise(ordered))
 
