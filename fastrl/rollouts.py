@@ -49,8 +49,8 @@ class Rollouts:
         correction
             and `off_policy_threshold`, else only measured.
         rollout_weights: as token_ids, detached factors of the policy term that the trainer has computed itself, instead
-            of a correction by the spec; 0 rejects (vespo takes them into its w instead). Where the loss is one number per
-            sequence (gmpo, ratio level sequence_sum) they weigh each token's share of it.
+            of a correction by the spec; 0 rejects (vespo takes them into its w instead). Where the loss is one number
+            per sequence (gmpo, ratio level sequence_sum) they weigh each token's share of it.
         cu_seqlens: (S + 1,) ints, 0 first and N last: the packed layout.
         row_counts: optional host ints (tokens that count, of them those that can carry a gradient); with them the
             hidden level never waits for the device (a sequence-level ratio still reads its lengths, once). Wrong counts
