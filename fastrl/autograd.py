@@ -37,6 +37,11 @@ class LossParams(NamedTuple):
     row_counts: tuple[int, int] | None = None
 
 
+def _entropy_grad(params: LossParams) -> bool:
+    """Whether the loss has a derivative by the entropies."""
+    return params.grad and params.spec.entropy_coef != 0
+
+
 class _OnceOnly(torch.autograd.Function):
     """Identity whose backward says that there is no second derivative."""
 
@@ -132,7 +137,15 @@ class TokenLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tensors, sizes = params.flat.split_fields()
         loss, statistics, dlogp, dentropy = ops.token_loss(
-            logps, entropy, tensors, sizes, params.normalizer, params.spec.key, params.grad, params.backend
+            logps,
+            entropy,
+            tensors,
+            sizes,
+            params.normalizer,
+            params.spec.key,
+            params.grad,
+            _entropy_grad(params),
+            params.backend,
         )
         ctx.save_for_backward(dlogp, dentropy)
         ctx.dtypes = (logps.dtype, logps.dtype if entropy is None else entropy.dtype)
@@ -183,7 +196,7 @@ class LogitsLoss(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)  # whoever saved them for backward must hear of it
         else:
             loss, statistics, scores, dlogp, dentropy, ready = ops.logits_loss(
-                logits, *common, params.grad, now, params.backend
+                logits, *common, params.grad, _entropy_grad(params), now, params.backend
             )
         ctx.ready = ready if now else None
         ctx.numbers, ctx.backend, ctx.inplace = numbers, params.backend, params.inplace and now

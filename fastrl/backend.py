@@ -25,9 +25,11 @@ class Choice(NamedTuple):
     why: str
 
 
-@functools.cache
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None  # once: torch.compile traces what looks it up
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_FOUND
 
 
 def interpreting() -> bool:

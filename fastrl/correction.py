@@ -145,6 +145,7 @@ def _normalise(weights: Tensor, b: Behaviour, by_token: bool) -> Tensor:
 def _second_moment_outliers(log_rho: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """(n,) bool: the fewest tokens, largest (log ρ)² first, without which the mean of the rest is below `threshold`;
     one token always stays (M2PO, arXiv:2510.01161; AReaL)."""
+    valid = valid & ~log_rho.isnan()  # no outlier: it stays, and stays visible
     square = torch.where(valid, log_rho.double() ** 2, -1.0)
     ordered, order = square.sort(descending=True, stable=True)
     counted = (ordered >= 0).double()

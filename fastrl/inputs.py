@@ -39,6 +39,9 @@ def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
         _checks.refuse("entropy", expected, "None", remedy)
     if spec.rollout is not None:
         _check_rollout(spec, rollouts)
+    if spec.off_policy_threshold is not None and rollouts.old_logps is None and rollouts.rollout_logps is None:
+        remedy = "pass rollout_logps or old_logps, or set off_policy_threshold=None"
+        _checks.refuse("rollout_logps", "log-probs, as off_policy_threshold compares with them", "None", remedy)
 
 
 def _check_rollout(spec: LossSpec, rollouts: Rollouts) -> None:
@@ -48,6 +51,9 @@ def _check_rollout(spec: LossSpec, rollouts: Rollouts) -> None:
     if rollouts.rollout_logps is None:
         remedy = "pass Rollouts(..., rollout_logps=...), what the sampler reported, or set rollout=None in the spec"
         _checks.refuse("rollout_logps", "the sampler's log-probs, as the spec corrects for them", "None", remedy)
+    if not spec.rollout.rejected_in_denominator and rollouts.row_counts is not None:
+        remedy = "leave row_counts None: how many tokens stay is not known on the host"
+        _checks.refuse("row_counts", "None with rejected_in_denominator=False", repr(rollouts.row_counts), remedy)
     if spec.rollout.by_batch and rollouts.old_logps is None:
         remedy = "pass old_logps, e.g. from logprobs_from_logits under no_grad"
         expected = "log-probs, as normalize, second_moment and rejected_in_denominator=False need them before the loss"

@@ -1,6 +1,6 @@
 """The KL penalty against the reference policy: estimators, their gradients, their clamps, in plain torch.
 
-The Triton twins are in `kernels/fastrl_kernels/objective_fns.py`.
+The Triton twins are in `kernels/fastrl_kernels/kl_fns.py`.
 """
 
 from __future__ import annotations
@@ -56,5 +56,5 @@ def kl_penalty(x: Tensor, ratio: Tensor, spec: LossSpec) -> Tensor:
         return ratio * value
     if spec.kl_gradient == KLGradient.STRAIGHT_THROUGH:
         surrogate = k2(x)
-        return value.detach() + surrogate - surrogate.detach()
+        return value.detach() + (surrogate - surrogate.detach())
     return value

@@ -106,7 +106,9 @@ class _Rows(NamedTuple):
             raise ValueError(
                 f"row_counts: expected ({ends[-1]}, ...), the tokens that count, got {tuple(row_counts)}; leave it None"
             )
-        return cls(order[: ends[-1]], ends[-1], grad_count, ends)
+        # The second count is of whole sequences here, as read above: the caller's is not needed.
+        found = torch.stack([valid.sum(), torch.full_like(valid.sum(), row_counts[1])]) if row_counts else None
+        return cls(order[: ends[-1]], ends[-1], grad_count, ends, found)
 
     def chunks(self, start: int, stop: int, limit: int) -> Iterator[Tensor]:
         """Rows start:stop in pieces of at most `limit`, on sequence boundaries if there are any."""
@@ -253,7 +255,7 @@ def hidden_loss(
     project = _Projection(hidden, weight, bias, limit, needs)
     stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
     scores = RowScores(*stack.unbind(0))
-    scale = _half_scale(inputs.weights) if any(needs) and hidden.dtype == torch.float16 else None
+    scale = _half_scale(inputs, spec) if any(needs) and hidden.dtype == torch.float16 else None
     scaled = inputs if scale is None else _scaled_weights(inputs, scale)
     grad_count = rows.grad_count if any(needs) else 0
     longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
@@ -315,7 +317,9 @@ def _scaled_weights(inputs: TokenInputs, scale: Tensor) -> TokenInputs:
     return inputs._replace(weights=inputs.weights * scale, entropy_weights=own)
 
 
-def _half_scale(weights: Tensor) -> Tensor:
+def _half_scale(inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """A power of two that lifts the largest weight to about 1: fp16 cannot hold 1/N times a probability."""
-    largest = weights.max() if weights.numel() else weights.new_ones(())
+    largest = inputs.weights.max() if inputs.weights.numel() else inputs.weights.new_ones(())
+    if inputs.entropy_weights is not None and inputs.entropy_weights.numel():
+        largest = torch.maximum(largest, abs(spec.entropy_coef) * inputs.entropy_weights.max())
     return torch.where(largest > 0, torch.exp2(-largest.log2().floor()), 1.0)

@@ -157,9 +157,16 @@ def _ppo_flags(t: Terms, spec: Any) -> Flags:
 
 
 def _clipped_surrogate(t: Terms, spec: Any) -> Tensor:
-    ratio = t.log_ratio.exp()
-    unclipped = clip(ratio, None, spec.delta)
-    return -torch.minimum(unclipped * t.advantages, clip(ratio, *bounds(spec)) * t.advantages)
+    def surrogate(ratio: Tensor) -> Tensor:
+        unclipped = clip(ratio, None, spec.delta)
+        return -torch.minimum(unclipped * t.advantages, clip(ratio, *bounds(spec)) * t.advantages)
+
+    if spec.log_ratio_clamp is not None:
+        return surrogate(t.log_ratio.exp())
+    # An unbounded ratio may be infinite where the clipped term is chosen: its zero gradient must not meet the infinity.
+    value = surrogate(t.log_ratio.detach().exp())
+    settled = t.log_ratio.detach().exp().isinf() & value.isfinite()
+    return torch.where(settled, value, surrogate(torch.where(settled, 0.0, t.log_ratio).exp()))
 
 
 def _dual_clipped(loss: Tensor, t: Terms, spec: Any) -> Tensor:
@@ -192,7 +199,7 @@ def cispo(t: Terms, spec: Any) -> Tensor:
 def sapo(t: Terms, spec: Any) -> Tensor:
     """ℓ = −A·(4/τ)·σ(τ·(r − 1)), τ by the sign of A: a smooth gate instead of a clip (arXiv:2511.20347)."""
     positive, negative = spec.sapo_temperature_positive, spec.sapo_temperature_negative
-    tau = torch.where(t.advantages > 0, t.advantages.new_tensor(positive), t.advantages.new_tensor(negative))
+    tau = torch.where(t.advantages > 0, torch.full_like(t.advantages, positive), negative)
     return -t.advantages * (4 / tau) * torch.sigmoid(tau * (t.log_ratio.exp() - 1))
 
 
@@ -200,7 +207,7 @@ def _clip_log_ratio(log_ratio: Tensor, advantages: Tensor, spec: Any) -> Tensor:
     """sgn(A)·min( sgn(A)·d, sgn(A)·clip(d, −ε₋, ε₊) ): 0 where A = 0."""
     low, high = bounds(spec)
     pessimistic = torch.where(advantages < 0, clip(log_ratio, low, None), clip(log_ratio, None, high))
-    return torch.where(advantages == 0, 0.0, pessimistic)
+    return torch.where((advantages == 0) & ~log_ratio.isnan(), 0.0, pessimistic)
 
 
 def _log_flags(t: Terms, spec: Any) -> Flags:
@@ -234,8 +241,8 @@ def vespo(t: Terms, spec: Any) -> Tensor:
     """
     log_w = t.sequence_log_weight.detach().clamp(_LOG_1E_8, 20.0)
     positive = t.advantages >= 0
-    k = torch.where(positive, log_w.new_tensor(spec.vespo_k_positive), spec.vespo_k_negative)
-    lam = torch.where(positive, log_w.new_tensor(spec.vespo_lambda_positive), spec.vespo_lambda_negative)
+    k = torch.where(positive, torch.full_like(log_w, spec.vespo_k_positive), spec.vespo_k_negative)
+    lam = torch.where(positive, torch.full_like(log_w, spec.vespo_lambda_positive), spec.vespo_lambda_negative)
     phi = torch.exp(lam + k * log_w - lam * log_w.exp())
     return -phi * t.advantages * t.logps
 

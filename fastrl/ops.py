@@ -1,7 +1,8 @@
 """The drivers as opaque operators (`torch.library`), so that `torch.compile(fullgraph=True)` steps over them.
 
 They take and return plain tensors and numbers and have no gradient of their own: `autograd.py` stands above them. An
-output that was not asked for has no elements.
+output that was not asked for has no elements. A spec travels as its key, which the fake operators never look up: under
+torch.compile it may be a symbol, so that another spec of the same structure needs no new graph.
 
 Without torch.compile the plain function is called: the dispatcher would only cost time, and below it autograd, which
 differentiates the specification, is switched off.
@@ -117,6 +118,7 @@ def token_loss(
     normalizer: Tensor | None,
     spec: int,
     grad: bool,
+    entropy_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Step B: loss, statistics, dloss/dlogp, dloss/dentropy."""
@@ -126,10 +128,10 @@ def token_loss(
 
 
 @_fake("token_loss")
-def _(logps, entropy, flat, sizes, normalizer, spec, grad, backend):
+def _(logps, entropy, flat, sizes, normalizer, spec, grad, entropy_grad, backend):
     sums = logps.new_empty((), dtype=wide(logps.dtype))
     per_token = sums.new_empty(logps.shape if grad else 0)
-    dentropy = sums.new_empty(logps.shape if grad and spec_of(spec).entropy_coef else 0)
+    dentropy = sums.new_empty(logps.shape if entropy_grad else 0)
     return sums, sums.new_empty(len(STATISTICS), dtype=torch.float32), per_token, dentropy
 
 
@@ -158,6 +160,7 @@ def logits_loss(
     normalizer: Tensor | None,
     spec: int,
     grad: bool,
+    entropy_grad: bool,
     now: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -168,10 +171,10 @@ def logits_loss(
 
 
 @_fake("logits_loss")
-def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, now, backend):
+def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, entropy_grad, now, backend):
     n = scoring[0].shape[0]
     loss = logits.new_empty((), dtype=wide(logits.dtype))
-    dentropy = loss.new_empty(n if grad and spec_of(spec).entropy_coef else 0)
+    dentropy = loss.new_empty(n if entropy_grad else 0)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if now else logits.new_empty(0)
     statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
     return loss, statistics, loss.new_empty((4, n)), loss.new_empty(n if grad else 0), dentropy, dlogits

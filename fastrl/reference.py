@@ -103,7 +103,7 @@ def terms(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Terms:
     log_weight = _sequence_log_weight(logps, old, inputs, spec) if _folds(spec) else None
     return Terms(
         logps=_masked(logps, inputs),
-        log_ratio=clamp_log_ratio(raw_log_ratio(logps, inputs, spec), spec),
+        log_ratio=_masked(clamp_log_ratio(raw_log_ratio(logps, inputs, spec), spec), inputs),
         advantages=inputs.advantages,
         old_logps=_masked(old, inputs),
         selected=inputs.selected,
@@ -163,11 +163,15 @@ def policy_weights(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor
 def per_token_loss(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL."""
     t = terms(logps, inputs, spec)
-    loss = objective(t, spec)
     weights = policy_weights(logps, inputs, spec)
-    if weights is not None:
-        # 0 times an infinite loss is not NaN here, 0 times a NaN log-prob is
-        loss = torch.where(weights == 0, t.logps.detach() * 0, weights * loss)
+    if weights is None:
+        loss = objective(t, spec)
+    else:
+        # A dropped token may have an infinite ratio or loss: neither its value nor its gradient may meet the 0. A NaN
+        # log-prob stays NaN.
+        drop = weights == 0
+        loss = objective(t._replace(log_ratio=torch.where(drop, 0.0, t.log_ratio)), spec)
+        loss = torch.where(drop, torch.where(t.logps.isnan(), torch.nan, 0.0), weights * loss)
     if spec.kl_coef:
         x = _masked(logps - inputs.ref_logps, inputs)
         loss = loss + spec.kl_coef * kl.kl_penalty(x, t.log_ratio.exp(), spec)

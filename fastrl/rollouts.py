@@ -98,7 +98,7 @@ class Rollouts:
 
     def normalizer(self, spec: LossSpec) -> Tensor | None:
         """The denominator D of this batch under the spec's aggregation, 0-d; pass it with every micro-batch."""
-        return denominator(correct_batch(self.flat, spec).counts, None, spec)
+        return denominator(self._corrected_flat(spec).counts, None, spec)
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same rollouts on another device."""
@@ -120,19 +120,29 @@ class Rollouts:
         if spec.rollout is None or not spec.rollout.by_batch:
             expected = "a spec with normalize, second_moment or rejected_in_denominator=False"
             _checks.refuse("spec", expected, repr(spec.rollout), "other corrections need no whole batch")
-        for name in ("old_logps", "rollout_logps"):
-            if getattr(self, name) is None:
-                _checks.refuse(name, "log-probs, to correct from", "None")
-        flat = correct_batch(self.flat, spec)
+        if self.rollout_weights is not None:
+            _checks.refuse("rollout_weights", "None with a spec that computes them", self.rollout_weights)
+        flat = self._corrected_flat(spec)
         mask = None if flat.mask is None else flat.mask.view(self.shape)
-        return dataclasses.replace(self, mask=mask, rollout_weights=flat.policy_weights.view(self.shape))
+        weights = flat.policy_weights.view(self.shape)
+        return dataclasses.replace(self, mask=mask, rollout_weights=weights, row_counts=None)
+
+    def _corrected_flat(self, spec: LossSpec) -> Flat:
+        """The flat rows after the correction of the whole batch, if the spec has one."""
+        if spec.rollout is not None and spec.rollout.by_batch:
+            for name in ("old_logps", "rollout_logps"):
+                if getattr(self, name) is None:
+                    _checks.refuse(name, "log-probs, to correct the whole batch from", "None", f"pass {name}")
+        return correct_batch(self.flat, spec)
 
     def split(self, n: int) -> list[Rollouts]:
         """`n` micro-batches of consecutive sequences, as equal as possible.
 
-        Rewards and groups stay those of the whole batch, so the advantages are the same as before the split, for any
-        spec. Give each call `normalizer=rollouts.normalizer(spec)` and the sum of losses and gradients is that of one
-        call. Packed rollouts read `cu_seqlens` once on the host.
+        Rewards and groups stay those of the whole batch, so the advantages are the same as before the split. Give each
+        call `normalizer=rollouts.normalizer(spec)` and the sum of losses and gradients is that of one call, except for
+        what a spec takes from all tokens of a call: a correction of the whole batch (use `corrected` before the split),
+        top_entropy_quantile, clip_cov, kl_cov and entropy_aggregation, which are local to the micro-batch. Packed
+        rollouts read `cu_seqlens` once on the host.
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= max(self.num_sequences, 1):
             _checks.refuse("n", f"an int from 1 to the number of sequences, {self.num_sequences}", str(n))

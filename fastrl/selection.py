@@ -29,11 +29,13 @@ def high_entropy(entropy: Tensor, valid: Tensor, fraction: float) -> Tensor:
     linearly as `torch.quantile` does (arXiv:2506.01939; TRL `top_entropy_quantile`)."""
     ordered = torch.where(valid, entropy, torch.inf).sort().values
     last = (valid.sum() - 1).clamp_min(0)
-    place = (1 - fraction) * last.to(entropy.dtype)
+    place = (1 - fraction) * last.double()
+    # A place that is an index but for the rounding of the fraction is that index, in every dtype.
+    place = torch.where((place - place.round()).abs() < 1e-6, place.round(), place)
     below = place.floor()
     index = torch.stack([below, place.ceil()]).long().clamp(max=max(len(ordered) - 1, 0))
-    low, high = ordered[index].unbind(0) if len(ordered) else (place, place)
-    return valid & (entropy >= torch.lerp(low, high, place - below))
+    low, high = ordered[index].unbind(0) if len(ordered) else entropy.new_zeros(2).unbind(0)
+    return valid & (entropy >= torch.lerp(low, high, (place - below).to(entropy.dtype)))
 
 
 def _by_covariance(logps: Tensor, old: Tensor, advantages: Tensor, valid: Tensor, spec: LossSpec) -> Tensor:

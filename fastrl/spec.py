@@ -153,7 +153,7 @@ class LossSpec(OwnNumbers):
         def put(name: str, enum: type) -> None:
             object.__setattr__(self, name, option(enum, getattr(self, name), name))
 
-        if not callable(self.objective) and self.objective not in OBJECTIVES:
+        if not callable(self.objective) and not (isinstance(self.objective, str) and self.objective in OBJECTIVES):
             raise ValueError(
                 f"objective: expected one of {', '.join(map(repr, OBJECTIVES))}, got {self.objective!r}; "
                 "or pass a function fn(log_ratio, advantages) -> loss"

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .correction_fns import bounded_weight, divergence, log_of_weight, log_rho, outside
 from .groups import group_advantage
-from .kl_fns import hold
+from .kl_fns import hold, nothing
 from .objective_fns import prepare
 
 
@@ -95,16 +95,17 @@ def tokens_advantage(
 
 @triton.jit
 def load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid):
-    """(logp, logp − old, rollout); without old log-probs the old policy is this one, without rollout ones the sampler
-    is the old policy."""
+    """(logp, old, logp − old, rollout); without old log-probs the old policy is this one, without rollout ones the
+    sampler is the old policy."""
     logp = tl.load(logp_ptr + offs, mask=valid, other=0.0)
-    gap = logp * 0.0
+    old, gap = logp, nothing(logp)
     if old_ptr is not None:
-        gap = logp - load_or(old_ptr, offs, valid, 0.0)
-    rollout = logp - gap
+        old = load_or(old_ptr, offs, valid, 0.0)
+        gap = logp - old
+    rollout = old
     if rollout_ptr is not None:
         rollout = load_or(rollout_ptr, offs, valid, 0.0)
-    return logp, gap, rollout
+    return logp, old, gap, rollout
 
 
 @triton.jit
@@ -119,13 +120,13 @@ def sequence_numbers(
     """What a token needs of its whole sequence i, in one pass over it: (length, log-ratio, rollout weight, 1 if it is
     rejected, mean of behaviour − logp, log-weight of an objective that weighs sequences)."""
     length = tl.maximum(tl.load(lengths_ptr + i), 1.0)
-    diverged, behaviour, log_weight = length * 0.0, length * 0.0, length * 0.0
-    gaps, rhos = diverged.to(tl.float64), diverged.to(tl.float64)
-    most = length * 0.0 - float("inf")
+    zero = tl.zeros_like(length).to(tl.float64)
+    gaps, rhos, diverged, behaviour, log_weight = zero, zero, zero, zero, zero
+    most = tl.zeros_like(length) - float("inf")
     for at in range(start, stop, BLOCK_N):
         offs = at + tl.arange(0, BLOCK_N)
         valid = valid_tokens(mask_ptr, offs, stop)
-        logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
+        logp, old, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
         prepared = gap
         if OBJECTIVE == "gmpo":
             advantage = tl.zeros((BLOCK_N,), tl.float32) + shared_advantage
@@ -134,36 +135,38 @@ def sequence_numbers(
             prepared, _ = prepare(gap, advantage, low, high, OBJECTIVE)
         gaps += exact_sum(prepared, valid)
         if CORRECTION != "off":
-            rhos += exact_sum(log_rho(logp - gap, rollout), valid)
+            rhos += exact_sum(log_rho(old, rollout), valid)
         if REJECT != "off" and REJECT_LEVEL != "token":
-            parted = divergence(logp - gap, rollout, bound, REJECT)
-            diverged += masked_sum(parted, valid)
+            parted = divergence(old, rollout, bound, REJECT)
+            diverged += exact_sum(parted, valid)
             most = tl.maximum(most, tl.max(tl.where(valid, parted, -float("inf")), 0))
+            most += masked_sum(nothing(parted), valid)  # a maximum does not see NaN
         if off_policy is not None:
-            behaviour += masked_sum(tl.where(rollout == rollout, rollout - logp, 0.0), valid)
+            behaviour += exact_sum(tl.where(rollout == rollout, rollout - logp, 0.0), valid)
         if FOLDS:
             held_gap, _ = hold(gap, bound)
-            log_weight += masked_sum(held_gap, valid)
+            log_weight += exact_sum(held_gap, valid)
             if CORRECTION == "token":
-                weight = bounded_weight(log_rho(logp - gap, rollout), bound, lower, upper, MODE)
-                log_weight += masked_sum(log_of_weight(weight), valid)
+                weight = bounded_weight(log_rho(old, rollout), bound, lower, upper, MODE)
+                log_weight += exact_sum(log_of_weight(weight), valid)
             elif policy_weights_ptr is not None:
-                log_weight += masked_sum(log_of_weight(load_or(policy_weights_ptr, offs, valid, 1.0)), valid)
+                log_weight += exact_sum(log_of_weight(load_or(policy_weights_ptr, offs, valid, 1.0)), valid)
     log_ratio = gaps.to(tl.float32)  # a division in fp64 would be a call and cost a spill
     if LEVEL != "sequence_sum":
         log_ratio = log_ratio / length
-    weight = length * 0.0 + 1.0
+    weight = tl.zeros_like(length) + 1.0
     if CORRECTION == "sequence":
         weight = bounded_weight(rhos.to(tl.float32), bound, lower, upper, MODE)
     elif CORRECTION == "geometric":
         weight = bounded_weight(rhos.to(tl.float32) / length, bound, lower, upper, MODE)
     if FOLDS and CORRECTION == "sequence":
-        log_weight += log_of_weight(weight)
+        log_weight += log_of_weight(weight).to(tl.float64)
     rejected = length < 0
     if REJECT_LEVEL == "sequence-mean":
-        rejected = outside(diverged / length, reject_lower, reject_upper)
+        rejected = outside(diverged.to(tl.float32) / length, reject_lower, reject_upper)
     elif REJECT_LEVEL == "sequence-sum":
-        rejected = outside(diverged, reject_lower, reject_upper)
+        rejected = outside(diverged.to(tl.float32), reject_lower, reject_upper)
     elif REJECT_LEVEL == "sequence-max":
         rejected = outside(most, reject_lower, reject_upper)
-    return length, log_ratio, weight, rejected.to(tl.float32), behaviour / length, log_weight
+    mean_behaviour = behaviour.to(tl.float32) / length
+    return length, log_ratio, weight, rejected.to(tl.float32), mean_behaviour, log_weight.to(tl.float32)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kl_fns import nothing
 from .logprob import as_bytes, num_rows, row_strides
 from .softmax import (
     is_valid,
@@ -57,9 +58,10 @@ def _fused_kernel(
         m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
         target = tl.load(ids_ptr + n)
         logp = target_logp(row_ptr, target, V, m, log_s, f, softcap, inner)
-        gap = logp * 0.0
+        old, gap = logp, nothing(logp)
         if old_ptr is not None:
-            gap = logp - tl.load(old_ptr + n)
+            old = tl.load(old_ptr + n)
+            gap = logp - old
         ref = None
         if ref_ptr is not None:
             ref = tl.load(ref_ptr + n)
@@ -68,13 +70,13 @@ def _fused_kernel(
         if CORRECTION != "off":
             rollout = tl.load(rollout_ptr + n)
             scale, rejected = token_rollout_weight(
-                logp - gap, rollout, bound, lower, upper, reject_lower, reject_upper, CORRECTION, MODE, REJECT, "token"
+                old, rollout, bound, lower, upper, reject_lower, reject_upper, CORRECTION, MODE, REJECT, "token"
             )
             scale = tl.where(rejected, 0.0, scale)
         elif policy_weights_ptr is not None:
             scale = tl.load(policy_weights_ptr + n)
         _, dratio, dlogp, _, _, _, _, _, _ = token_terms(
-            logp, gap, gap, advantage, ref, scale, None, None,
+            logp, old, gap, advantage, ref, scale, None, None,
             low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
         )  # fmt: skip
         c = weight * (dratio + dlogp)

@@ -5,6 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
+def nothing(x):
+    """0, and NaN where x is NaN: not 0·x, which would make NaN of an infinity too."""
+    return tl.where(x == x, 0.0, x)
+
+
+@triton.jit
 def hold(x, bound):
     """(x held to ±bound, whether the derivative passes). NaN stays NaN and passes; a bound of None holds nothing."""
     if bound is not None:
@@ -52,7 +58,7 @@ def kl_terms(x, ratio, bound, kl_clamp, KL: tl.constexpr, KL_GRADIENT: tl.conste
     if kl_clamp is not None:
         value, passes = hold(value, kl_clamp)
         slope = tl.where(passes, slope, 0.0)
-    through = value * 0.0
+    through = tl.zeros_like(value)
     if KL_GRADIENT == "importance_weighted":
         value, slope = ratio * value, ratio * slope
         through = value

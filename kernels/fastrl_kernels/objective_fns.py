@@ -136,7 +136,7 @@ def objective(
     `x` is the held log-ratio, ratio = exp(x); `selected` and `log_weight` may be None where it does not read them;
     low and high are its bounds, p0 to p3 its own numbers in the order of its definition.
     """
-    zero = advantage * 0.0
+    zero = tl.zeros_like(advantage)
     falls, rises = advantage < 0, advantage > 0
     never = falls & rises
     low_flag, high_flag, dual = never, never, never

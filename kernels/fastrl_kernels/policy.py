@@ -71,7 +71,8 @@ def _policy_fwd_kernel(
     start, stop = pid * BLOCK_N, N.to(tl.int64)
     if BY_SEQUENCE:
         if cu_ptr is not None:
-            start, stop = tl.load(cu_ptr + pid), tl.load(cu_ptr + pid + 1)
+            # Offsets that the host could not check must not lead outside.
+            start, stop = tl.maximum(tl.load(cu_ptr + pid), 0), tl.minimum(tl.load(cu_ptr + pid + 1), stop)
         else:
             start, stop = pid * T, pid * T + T
     else:
@@ -105,7 +106,7 @@ def _policy_fwd_kernel(
         for at in range(start, stop, BLOCK_N):
             offs = at + offs_n
             valid = valid_tokens(mask_ptr, offs, stop)
-            logp, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
+            logp, old, gap, rollout = load_policies(logp_ptr, old_ptr, rollout_ptr, offs, valid)
             if BY_SEQUENCE:
                 sequence = offs
                 weight = tl.where(valid, shared_weight, 0.0)
@@ -118,10 +119,10 @@ def _policy_fwd_kernel(
             )  # fmt: skip
             log_ratio = gap
             if LEVEL != "token":
-                log_ratio = gap * 0.0 + sequence_log_ratio
+                log_ratio = tl.zeros_like(gap) + sequence_log_ratio
 
             rollout_weight, rejected = token_rollout_weight(
-                logp - gap, rollout, bound, lower, upper, reject_lower, reject_upper,
+                old, rollout, bound, lower, upper, reject_lower, reject_upper,
                 CORRECTION, MODE, REJECT, REJECT_LEVEL,
             )  # fmt: skip
             if BY_SEQUENCE:
@@ -134,17 +135,17 @@ def _policy_fwd_kernel(
             if not FOLDS:
                 rejected = rejected | (rollout_weight == 0)
             if off_policy is not None:
-                rejected = rejected | ((advantage < 0) & (advantage * 0.0 + behaviour > off_policy))
+                rejected = rejected | ((advantage < 0) & (tl.zeros_like(advantage) + behaviour > off_policy))
             factor, selected = None, None
             if CORRECTION != "off" or policy_weights_ptr is not None or off_policy is not None:
-                factor = tl.where(rejected, 0.0, logp * 0.0 + 1.0 if FOLDS else rollout_weight)
+                factor = tl.where(rejected, 0.0, tl.zeros_like(logp) + 1.0 if FOLDS else rollout_weight)
             if selected_ptr is not None:
                 selected = load_or(selected_ptr, offs, valid, 0.0)
                 if not READS_SELECTED:
                     factor = selected if factor is None else selected * factor
             ref = load_or(ref_ptr, offs, valid, 0.0)
             loss, dratio, dlogp, kl_value, ratio, held, low_flag, high_flag, dual = token_terms(
-                logp, gap, log_ratio, advantage, ref, factor, selected, log_weight,
+                logp, old, log_ratio, advantage, ref, factor, selected, log_weight,
                 low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
             )  # fmt: skip
             if (LEVEL == "sequence" or LEVEL == "sequence_sum") and step == 0:
@@ -182,7 +183,7 @@ def _policy_fwd_kernel(
                 sum_k3 += masked_sum(k3(held_gap), valid)
                 sum_ref += masked_sum(kl_value, valid)
                 if rollout_ptr is not None:
-                    held_gap, _ = hold(log_rho(logp - gap, rollout), bound)
+                    held_gap, _ = hold(log_rho(old, rollout), bound)
                     rho = tl.exp(held_gap)
                     sum_rho_square += masked_sum(rho * rho, valid)
                     if CORRECTION == "off" and policy_weights_ptr is None:

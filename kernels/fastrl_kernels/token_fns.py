@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .correction_fns import bounded_weight, divergence, log_rho, outside
-from .kl_fns import hold, kl_terms
+from .kl_fns import hold, kl_terms, nothing
 from .objective_fns import objective
 
 
@@ -18,7 +18,7 @@ def token_rollout_weight(
     if CORRECTION == "token":
         weight = bounded_weight(log_rho(old, rollout), bound, lower, upper, MODE)
     else:
-        weight = old * 0.0 + 1.0
+        weight = tl.zeros_like(old) + 1.0
     rejected = old < old
     if REJECT != "off" and REJECT_LEVEL == "token":
         rejected = outside(divergence(old, rollout, bound, REJECT), reject_lower, reject_upper)
@@ -27,7 +27,7 @@ def token_rollout_weight(
 
 @triton.jit
 def token_terms(
-    logp, gap, log_ratio, advantage, ref, factor, selected, log_weight,
+    logp, old, log_ratio, advantage, ref, factor, selected, log_weight,
     low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -39,16 +39,16 @@ def token_terms(
     x, passes = hold(log_ratio, bound)
     ratio = tl.exp(x)
     loss, dx, dlogp, low_flag, high_flag, dual = objective(
-        x, ratio, logp, logp - gap, advantage, selected, log_weight, low, high, delta, dual_clip, p0, p1, p2, p3,
+        x, ratio, logp, old, advantage, selected, log_weight, low, high, delta, dual_clip, p0, p1, p2, p3,
         OBJECTIVE,
     )  # fmt: skip
     if factor is not None:
         kept = (factor == 0) == 0
-        loss = tl.where(kept, factor * loss, logp * 0.0)
+        loss = tl.where(kept, factor * loss, nothing(logp))
         dx = tl.where(kept, factor * dx, 0.0)
         dlogp = tl.where(kept, factor * dlogp, 0.0)
     held = passes == 0
-    value = logp * 0.0
+    value = tl.zeros_like(logp)
     if ref is not None:
         value, through, slope, kl_held = kl_terms(logp - ref, ratio, bound, kl_clamp, KL, KL_GRADIENT)
         if kl_coef is not None:
