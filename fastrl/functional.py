@@ -108,7 +108,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """The policy loss from log-probs: L = Σₜ wₜ·(ℓ(ratioₜ, Aₜ) + kl_coef·KLₜ − entropy_coef·Hₜ).
+    """The policy loss from log-probs: L = Σₜ wₜ·(vₜ·ℓ(ratioₜ, Aₜ) + kl_coef·KLₜ − entropy_coef·Hₜ), see `LossSpec`.
 
     Args:
         logps: as rollouts.token_ids in shape, the current policy's log-probs; values under the mask are not read.

@@ -1,7 +1,7 @@
 """The drivers: steps A, B, C over whole logits, or chunk by chunk between the GEMMs of the language-model head.
 
-Written once for both backends. Nothing here knows an objective, and nothing here waits for the device except
-`_Rows.select`, once.
+Written once for both backends. Nothing here knows an objective, and nothing here waits for the device except, at the
+hidden level, to learn how many rows count.
 """
 
 from __future__ import annotations

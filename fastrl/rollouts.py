@@ -46,8 +46,7 @@ class Rollouts:
             gradient alive.
         ref_logps: as token_ids, the reference policy; needed when `kl_coef != 0`, else only measured (`ref_kl`).
         rollout_logps: as token_ids, what the sampler reported; NaN = not scored. Read by the spec's `rollout`
-        correction
-            and `off_policy_threshold`, else only measured.
+            correction and `off_policy_threshold`, else only measured.
         rollout_weights: as token_ids, detached factors of the policy term that the trainer has computed itself, instead
             of a correction by the spec; 0 rejects (vespo takes them into its w instead). Where the loss is one number
             per sequence (gmpo, ratio level sequence_sum) they weigh each token's share of it.

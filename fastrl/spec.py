@@ -72,7 +72,7 @@ class LossSpec(OwnNumbers):
     """The KL estimate of a token is held to ±this, with zero gradient outside, except that of straight_through (verl:
     10); None = unbounded."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus; it shares the weights of the aggregation."""
+    """Weight of the entropy bonus; it shares the weights of the loss unless `entropy_aggregation` is set."""
     entropy_aggregation: str | None = None
     """How the entropy bonus adds up, over the tokens that `top_entropy_quantile` keeps and by their own local count,
     never by `normalizer`: "token-mean" is TRL's bonus, whatever its loss_type. None = as the loss."""

@@ -128,7 +128,7 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", GRADIENTS)
 def test_gradients_are_as_the_docstrings_say(objective, curves):
     for label, (ratios, _, gradients) in curves[objective].items():
         formula, A = ADDED.get(label, GRADIENTS[objective]), 1 if "+1" in label else -1

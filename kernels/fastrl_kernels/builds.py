@@ -1,4 +1,6 @@
-"""Every kernel in the specialisations that the presets and options reach: what `codegen.py` compiles."""
+"""Every kernel, each of its options at least once in a specialisation that a spec reaches: what `codegen.py` compiles.
+
+The options combine to more specialisations than can be compiled on every change."""
 
 from __future__ import annotations
 
@@ -135,7 +137,8 @@ def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
     yield build("fused-weights", names, (*_objective("ppo_clip")[1], *corrected, "rollout_ptr", *_BOUNDS))
 
 
-def _policy_build(name: str, changes: dict[str, Any], absent: tuple[str, ...] = ()) -> Build:
+def _policy_build(name: str, changes: dict[str, Any], absent: tuple[str, ...] = (), given: bool = False) -> Build:
+    """The token kernel with some constexprs changed; `given`: with advantages instead of rewards."""
     constexprs, own = _objective(changes.pop("OBJECTIVE", "ppo_clip"))
     constexprs |= {
         "LEVEL": "token",
@@ -151,7 +154,7 @@ def _policy_build(name: str, changes: dict[str, Any], absent: tuple[str, ...] = 
     } | changes
     config = token_config(constexprs["BY_SEQUENCE"])
     constexprs |= {"BLOCK_N": config.block_n, "BLOCK_P": config.block_p}
-    absent = (*own, *absent, "advantages_ptr")
+    absent = (*own, *absent, "rewards_ptr" if given else "advantages_ptr")
     size = functools.partial(_token, constexprs["BY_SEQUENCE"])
     return Build(f"policy-{name}", policy._policy_fwd_kernel, constexprs, size, False, absent)
 
@@ -180,6 +183,21 @@ def _policy_builds() -> Iterator[Build]:
             "READS_SELECTED": device.reads_selected,
         }
         yield _policy_build(objective, structure, (*padded, *kept))
+    on_policy = (
+        *padded,
+        *lean,
+        "old_ptr",
+        "mask_ptr",
+        "denominator_ptr",
+        "entropy_ptr",
+        "entropy_coef",
+        "dentropy_ptr",
+    )
+    for per_token, level in itertools.product((False, True), ({}, sequence)):
+        parts = ("sequence" if level else "token", "on-policy", "per", "token" if per_token else "sequence")
+        changes = {**level, "PER_TOKEN_ADVANTAGE": per_token}
+        yield _policy_build("-".join(parts), changes, on_policy, given=True)
+    yield _policy_build("measured", {}, (*padded, *lean, "dlogp_ptr", "dentropy_ptr"), given=True)
     for level in ("sequence_token", "sequence_sum"):
         yield _policy_build(level, {"LEVEL": level, "BY_SEQUENCE": True}, (*padded, *bare))
     yield from _corrected_policy_builds(padded)
