@@ -18,10 +18,11 @@ from fastrl.clamping import beyond, clamp_log_ratio, hold
 from fastrl.correction import Behaviour
 from fastrl.flat import Flat
 from fastrl.metrics import STATISTICS
-from fastrl.objectives import Terms, objective
+from fastrl.objectives import objective
 from fastrl.options import CorrectionLevel
 from fastrl.ratio import log_ratio
 from fastrl.reduction import entropy_weights, token_weights
+from fastrl.registry import Terms
 from fastrl.selection import select
 from fastrl.spec import KLEstimator, LossSpec
 

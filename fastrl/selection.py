@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.flat import Flat
-from fastrl.objectives import Terms, bounds, clip
+from fastrl.registry import Terms, bounds, clip
 from fastrl.spec import LossSpec
 
 

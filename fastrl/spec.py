@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastrl.objectives import OBJECTIVES, Definition, OwnNumbers
+from fastrl.objectives import OBJECTIVES, OwnNumbers
 from fastrl.options import (
     AdvantageBaseline,
     AdvantageScale,
@@ -27,6 +27,7 @@ from fastrl.options import (
     check_number,
     option,
 )
+from fastrl.registry import Definition
 from fastrl.rollout_correction import RolloutCorrection
 
 _next_key = itertools.count()

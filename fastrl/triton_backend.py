@@ -11,9 +11,9 @@ from torch import Tensor
 from fastrl import metrics, torch_backend
 from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
-from fastrl.objectives import bounds
 from fastrl.reduction import denominator, entropy_weights, weighting
 from fastrl.reference import TokenInputs
+from fastrl.registry import bounds
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
 from fastrl.selection import select

@@ -61,7 +61,7 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "options", "rollout_correction", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
+        "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
         "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
         "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "ops", "autograd",
         "inputs", "functional", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",

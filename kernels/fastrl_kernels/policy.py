@@ -102,7 +102,8 @@ def _policy_fwd_kernel(
     sum_ratio, sum_square, sum_kl, sum_k3, sum_ref, sum_entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     sum_weight, sum_weight_square, sum_rho_square = 0.0, 0.0, 0.0
     ratio_min, ratio_max = float("inf"), -float("inf")
-    for step in tl.static_range(0, 2 if LEVEL == "sequence" or LEVEL == "sequence_sum" else 1):
+    THROUGH: tl.constexpr = LEVEL == "sequence" or LEVEL == "sequence_sum"
+    for step in tl.static_range(0, 2 if THROUGH else 1):
         for at in range(start, stop, BLOCK_N):
             offs = at + offs_n
             valid = valid_tokens(mask_ptr, offs, stop)
@@ -148,10 +149,10 @@ def _policy_fwd_kernel(
                 logp, old, log_ratio, advantage, ref, factor, selected, log_weight,
                 low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
             )  # fmt: skip
-            if (LEVEL == "sequence" or LEVEL == "sequence_sum") and step == 0:
+            if THROUGH and step == 0:
                 through += masked_sum(weight * dratio, valid)
             else:
-                if LEVEL == "sequence" or LEVEL == "sequence_sum":
+                if THROUGH:
                     _, passes = prepare(gap, advantage, low, high, OBJECTIVE)
                     shared = through / length if LEVEL == "sequence" else through
                     dlogp = tl.where(passes, shared, 0.0) + weight * dlogp
