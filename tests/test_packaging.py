@@ -107,6 +107,6 @@ def test_import_does_nothing_else():
 
 @pytest.mark.slow
 def test_import_time():
-    """Under 50 ms beyond torch; the best of five processes, since a shared machine only ever adds."""
-    code = "import torch, time; t = time.perf_counter(); import fastrl; print(time.perf_counter() - t)"
+    """Under 50 ms of CPU time beyond torch; the best of five processes, since a shared machine only ever adds."""
+    code = "import torch, time; t = time.process_time(); import fastrl; print(time.process_time() - t)"
     assert min(float(python(code)) for _ in range(5)) < 0.05
