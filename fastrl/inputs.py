@@ -39,9 +39,6 @@ def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
         _checks.refuse("entropy", expected, "None", remedy)
     if spec.rollout is not None:
         _check_rollout(spec, rollouts)
-    if spec.off_policy_threshold is not None and rollouts.old_logps is None and rollouts.rollout_logps is None:
-        remedy = "pass rollout_logps or old_logps, or set off_policy_threshold=None"
-        _checks.refuse("rollout_logps", "log-probs, as off_policy_threshold compares with them", "None", remedy)
 
 
 def _check_rollout(spec: LossSpec, rollouts: Rollouts) -> None:
