@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -67,15 +68,16 @@ def row_factor(factor, temperature_ptr, n):
 
 
 @triton.jit
-def online_step(u, m, s, q, f):
-    """Take a tile into the running statistics (m, s, q). -inf adds nothing, also when all seen so far is -inf."""
+def online_step(u, m, s, q, k):
+    """Take a tile into the running statistics (m, s, q/ln 2), with k = f·log2 e so that every exponent is one product.
+    -inf adds nothing, also when all seen so far is -inf."""
     new = tl.maximum(m, tl.max(u, 0))
     safe = tl.where(new == float("-inf"), 0.0, new)
-    d = (u - safe) * f
-    e = tl.exp2(d * LOG2E)
+    d = (u - safe) * k
+    e = tl.exp2(d)
     first = m == float("-inf")
-    shift = tl.where(first, 0.0, (m - safe) * f)
-    decay = tl.where(first, 0.0, tl.exp2(shift * LOG2E))
+    shift = tl.where(first, 0.0, (m - safe) * k)
+    decay = tl.where(first, 0.0, tl.exp2(shift))
     q = decay * (q + shift * s) + tl.sum(tl.where(u == float("-inf"), 0.0, e * d), 0)
     s = decay * s + tl.sum(e, 0)
     return new, s, q
@@ -85,20 +87,21 @@ def online_step(u, m, s, q, f):
 def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V: tl.constexpr):
     """(m, log s, entropy) of a row in one read; unmasked tiles, then one masked tail."""
     offs = tl.arange(0, BLOCK_V)
+    k = f * LOG2E
     m = tl.full((), float("-inf"), tl.float32)
     s = tl.full((), 0.0, tl.float32)
     q = tl.full((), 0.0, tl.float32)
     full = V // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
         x = tl.load(row_ptr + start + offs, eviction_policy="evict_last").to(tl.float32)
-        m, s, q = online_step(transform(x, softcap, inner), m, s, q, f)
+        m, s, q = online_step(transform(x, softcap, inner), m, s, q, k)
     if full < V:
         tail = full + offs < V
         x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_last").to(tl.float32)
         u = tl.where(tail, transform(x, softcap, inner), float("-inf"))
-        m, s, q = online_step(u, m, s, q, f)
+        m, s, q = online_step(u, m, s, q, k)
     log_s = tl.log(s)
-    entropy = log_s - q / s
+    entropy = log_s - q / s * LN2
     entropy = tl.where(entropy < 0, 0.0, tl.where(entropy > log_vocab, log_vocab, entropy))
     return m, log_s, entropy
 
@@ -120,14 +123,15 @@ def tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, 
     `e` is None when nothing flows into the entropy.
     """
     u = transform(x, softcap, inner)
-    logp = (u - m) * f - log_s
-    p = tl.exp2(logp * LOG2E)
+    log2_p = (u - m) * (f * LOG2E) - log_s * LOG2E
+    p = tl.exp2(log2_p)
+    c = c * f
     g = -c * p
     if e is not None:
-        g -= e * tl.where(u == float("-inf"), 0.0, p * (logp + entropy))
+        e2 = e * f * LN2
+        g -= tl.where(u == float("-inf"), 0.0, p * (e2 * (log2_p + entropy * LOG2E)))
     if (target >= start) & (target < start + BLOCK_V):
         g = tl.where(start + tl.arange(0, BLOCK_V) == target, g + c, g)
-    g = g * f
     if softcap is not None:
         t = u / softcap
         g = g * (inner * softcap) * (1.0 - t * t)
