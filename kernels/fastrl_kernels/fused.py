@@ -41,8 +41,9 @@ def _fused_kernel(
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
     CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: 2V bytes read for the statistics, 2V read again (from L2 as far as it holds the row) and 2V
-    written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more and writes zeros."""
+    """One row per program: 2V bytes read for the statistics, the same less one tile read again (from L2 as far as it
+    holds the row) and 2V written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more
+    and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
     n = token_of_row(i, rows_ptr)
     out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
@@ -53,8 +54,9 @@ def _fused_kernel(
     log_s, entropy, logp, c = m, m, m, m
     e = None
     target = tl.full((), 0, tl.int64)
+    last = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
     if valid:
-        m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
+        last, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
         target = tl.load(ids_ptr + n)
         logp = target_logp(row_ptr, target, V, m, log_s, f, softcap, inner)
         gap = logp * 0.0
@@ -95,7 +97,7 @@ def _fused_kernel(
     # In place, the gradient overwrites logits that the whole program must have read before.
     tl.debug_barrier()
     if live:
-        write_row_gradient(row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        write_row_gradient(last, row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
         write_zero_row(out_ptr, V, BLOCK_V)
 

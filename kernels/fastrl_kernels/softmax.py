@@ -85,25 +85,30 @@ def online_step(u, m, s, q, k):
 
 @triton.jit
 def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V: tl.constexpr):
-    """(m, log s, entropy) of a row in one read; unmasked tiles, then one masked tail."""
+    """(last tile, m, log s, entropy) of a row in one read: the masked tail, then the full tiles from the left.
+
+    The last tile read is the last full one, or the tail of a row shorter than a tile; it comes back as loaded, for
+    `write_row_gradient` to begin with.
+    """
     offs = tl.arange(0, BLOCK_V)
     k = f * LOG2E
     m = tl.full((), float("-inf"), tl.float32)
     s = tl.full((), 0.0, tl.float32)
     q = tl.full((), 0.0, tl.float32)
+    x = tl.zeros((BLOCK_V,), row_ptr.dtype.element_ty)
     full = V // BLOCK_V * BLOCK_V
-    for start in range(0, full, BLOCK_V):
-        x = tl.load(row_ptr + start + offs, eviction_policy="evict_last").to(tl.float32)
-        m, s, q = online_step(transform(x, softcap, inner), m, s, q, k)
     if full < V:
         tail = full + offs < V
-        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        u = tl.where(tail, transform(x, softcap, inner), float("-inf"))
+        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_last")
+        u = tl.where(tail, transform(x.to(tl.float32), softcap, inner), float("-inf"))
         m, s, q = online_step(u, m, s, q, k)
+    for start in range(0, full, BLOCK_V):
+        x = tl.load(row_ptr + start + offs, eviction_policy="evict_last")
+        m, s, q = online_step(transform(x.to(tl.float32), softcap, inner), m, s, q, k)
     log_s = tl.log(s)
     entropy = log_s - q / s * LN2
     entropy = tl.where(entropy < 0, 0.0, tl.where(entropy > log_vocab, log_vocab, entropy))
-    return m, log_s, entropy
+    return x, m, log_s, entropy
 
 
 @triton.jit
@@ -139,20 +144,31 @@ def tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, 
 
 
 @triton.jit
-def write_row_gradient(row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr):
-    """Second sweep over a row, last tile first (it is the likeliest to be in cache), rounding once at the store."""
+def write_row_gradient(
+    last, row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Second sweep over a row, in the reverse order of the first (what was read last is the likeliest to be in cache),
+    rounding once at the store. `last` is the tile that `row_statistics` kept, or None: then it is read as well."""
     offs = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
-    if full < V:
+    todo = full
+    if last is not None:
+        todo = tl.maximum(full - BLOCK_V, 0)
+        g = tile_gradient(last.to(tl.float32), todo, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        tl.store(out_ptr + todo + offs, g.to(out_ptr.dtype.element_ty), mask=todo + offs < V)
+    for back in range(BLOCK_V, todo + BLOCK_V, BLOCK_V):
+        start = todo - back
+        x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
+        g = tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
+    unread = full < V
+    if last is not None:
+        unread = unread & (full > 0)
+    if unread:
         tail = full + offs < V
         x = tl.load(row_ptr + full + offs, mask=tail, other=0.0).to(tl.float32)
         g = tile_gradient(x, full, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
         tl.store(out_ptr + full + offs, g.to(out_ptr.dtype.element_ty), mask=tail)
-    for back in range(BLOCK_V, full + BLOCK_V, BLOCK_V):
-        start = full - back
-        x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
-        g = tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
