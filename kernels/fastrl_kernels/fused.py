@@ -56,7 +56,7 @@ def _fused_kernel(
     target = tl.full((), 0, tl.int64)
     last = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
     if valid:
-        last, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
+        last, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, True, BLOCK_V)
         target = tl.load(ids_ptr + n)
         logp = target_logp(row_ptr, target, V, m, log_s, f, softcap, inner)
         gap = logp * 0.0

@@ -39,7 +39,7 @@ def _logprob_fwd_kernel(
     if is_valid(mask_ptr, n):
         f = row_factor(factor, temperature_ptr, n)
         row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
-        _, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
+        _, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, False, BLOCK_V)
         target = tl.load(ids_ptr + n)
         tl.store(logp_ptr + n, target_logp(row_ptr, target, V, m, log_s, f, softcap, inner))
         tl.store(entropy_ptr + n, entropy)

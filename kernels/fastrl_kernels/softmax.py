@@ -84,12 +84,13 @@ def online_step(u, m, s, q, k):
 
 
 @triton.jit
-def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V: tl.constexpr):
+def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, KEEP: tl.constexpr, BLOCK_V: tl.constexpr):
     """(last tile, m, log s, entropy) of a row in one read: the masked tail, then the full tiles from the left.
 
     The last tile read is the last full one, or the tail of a row shorter than a tile; it comes back as loaded, for
-    `write_row_gradient` to begin with.
+    `write_row_gradient` to begin with. KEEP: ask the cache to hold the row for a second sweep, else to let it go.
     """
+    hint: tl.constexpr = "evict_last" if KEEP else "evict_first"
     offs = tl.arange(0, BLOCK_V)
     k = f * LOG2E
     m = tl.full((), float("-inf"), tl.float32)
@@ -99,11 +100,11 @@ def row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V: tl.constex
     full = V // BLOCK_V * BLOCK_V
     if full < V:
         tail = full + offs < V
-        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_last")
+        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy=hint)
         u = tl.where(tail, transform(x.to(tl.float32), softcap, inner), float("-inf"))
         m, s, q = online_step(u, m, s, q, k)
     for start in range(0, full, BLOCK_V):
-        x = tl.load(row_ptr + start + offs, eviction_policy="evict_last")
+        x = tl.load(row_ptr + start + offs, eviction_policy=hint)
         m, s, q = online_step(transform(x.to(tl.float32), softcap, inner), m, s, q, k)
     log_s = tl.log(s)
     entropy = log_s - q / s * LN2
@@ -155,20 +156,20 @@ def write_row_gradient(
     if last is not None:
         todo = tl.maximum(full - BLOCK_V, 0)
         g = tile_gradient(last.to(tl.float32), todo, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + todo + offs, g.to(out_ptr.dtype.element_ty), mask=todo + offs < V)
+        tl.store(out_ptr + todo + offs, g.to(out_ptr.dtype.element_ty), mask=todo + offs < V, cache_modifier=".cs")
     for back in range(BLOCK_V, todo + BLOCK_V, BLOCK_V):
         start = todo - back
         x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
         g = tile_gradient(x, start, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), eviction_policy="evict_first")
+        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), cache_modifier=".cs")
     unread = full < V
     if last is not None:
         unread = unread & (full > 0)
     if unread:
         tail = full + offs < V
-        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0).to(tl.float32)
+        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_first").to(tl.float32)
         g = tile_gradient(x, full, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + full + offs, g.to(out_ptr.dtype.element_ty), mask=tail)
+        tl.store(out_ptr + full + offs, g.to(out_ptr.dtype.element_ty), mask=tail, cache_modifier=".cs")
 
 
 @triton.jit
@@ -178,6 +179,6 @@ def write_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
     offs = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
     for start in range(0, full, BLOCK_V):
-        tl.store(out_ptr + start + offs, zeros)
+        tl.store(out_ptr + start + offs, zeros, cache_modifier=".cs")
     if full < V:
-        tl.store(out_ptr + full + offs, zeros, mask=full + offs < V)
+        tl.store(out_ptr + full + offs, zeros, mask=full + offs < V, cache_modifier=".cs")
