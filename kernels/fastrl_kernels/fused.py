@@ -16,7 +16,6 @@ from .softmax import (
     row_factor,
     row_start,
     row_statistics,
-    target_logp,
     token_of_row,
     write_row_gradient,
     write_zero_row,
@@ -56,9 +55,8 @@ def _fused_kernel(
     target = tl.full((), 0, tl.int64)
     last = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
     if valid:
-        last, m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, True, BLOCK_V)
         target = tl.load(ids_ptr + n)
-        logp = target_logp(row_ptr, target, V, m, log_s, f, softcap, inner)
+        last, m, log_s, entropy, logp = row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, True, BLOCK_V)
         gap = logp * 0.0
         if old_ptr is not None:
             gap = logp - tl.load(old_ptr + n)
@@ -97,7 +95,7 @@ def _fused_kernel(
     # In place, the gradient overwrites logits that the whole program must have read before.
     tl.debug_barrier()
     if live:
-        write_row_gradient(last, row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        write_row_gradient(last, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
         write_zero_row(out_ptr, V, BLOCK_V)
 
