@@ -107,7 +107,7 @@ def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
     vocab, dtype = logits.shape[-1], wide(logits.dtype)
     targets = _Targets.of(scoring, vocab, dtype)
     scratch = _scratch(logits, 2)
-    chosen, total, weighted, top = torch.zeros((4, targets.ids.shape[0]), dtype=dtype, device=logits.device).unbind(0)
+    chosen, others, weighted, top = torch.zeros((4, targets.ids.shape[0]), dtype=dtype, device=logits.device).unbind(0)
     for start, stop, rows in _blocks(logits):
         here = slice(start, stop)
         if targets.valid is not None and _nothing_in(targets.valid[here]):
@@ -119,10 +119,13 @@ def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
         _scale_rows(d, scoring, targets, start, stop)
         chosen[here] = d.gather(-1, targets.ids[here])[:, 0]
         torch.exp(d.clamp_(min=_LOWEST), out=e)
-        total[here] = _row_sum(e)
+        e.scatter_(-1, targets.ids[here], 0)
+        others[here] = _row_sum(e)
         weighted[here] = _row_sum(e.mul_(d))
-    log_sum = total.log()
-    entropy = (log_sum - weighted / total).clamp(0, math.log(vocab))
+    # The target joins last: where it is the maximum, log1p keeps what 1 + the others would round away.
+    own = chosen.exp()
+    log_sum = torch.where(own == 1, others.log1p(), (others + own).log())
+    entropy = (log_sum - (weighted + own * chosen.clamp_min(_LOWEST)) / (others + own)).clamp(0, math.log(vocab))
     logp = (chosen - log_sum).clamp_max(0).masked_fill(targets.outside, torch.nan)
     for field, values in zip(out, (logp, entropy, top, log_sum), strict=True):
         field[targets.tokens] = values if targets.valid is None else values.masked_fill(~targets.valid, 0)
@@ -140,6 +143,9 @@ def differentiate(
     live = _live(targets, c, e, row.logp)
     c = c.masked_fill(targets.outside[:, None], torch.nan)
     share = -c * torch.exp(-row.log_sum)
+    own = -c * torch.expm1(row.logp)  # c·(1 − p) of the target, without cancellation
+    if e is not None:
+        own -= e * row.logp.exp() * (row.logp.clamp_min(_LOWEST) + row.entropy)
     scratch = _scratch(logits, 1) if out.dtype != dtype else None
     for (start, stop, rows), target in zip(_blocks(logits), _blocks_like(out, logits), strict=True):
         here = slice(start, stop)
@@ -156,7 +162,7 @@ def differentiate(
             g.sub_(row.log_sum[here])
             slope = (g.clamp(min=_LOWEST) + row.entropy[here]).mul_(e[here]).add_(c[here])
             g.exp_().mul_(slope).neg_()
-        g.scatter_add_(-1, targets.ids[here], c[here])
+        g.scatter_(-1, targets.ids[here], own[here])
         _scale_rows(g, scoring, targets, start, stop)
         if tanh is not None:
             g.mul_(tanh.square_().neg_().add_(1)).mul_(scoring.inner * scoring.softcap)

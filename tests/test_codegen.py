@@ -53,7 +53,9 @@ def test_every_build_compiles_clean(reports):
 
 
 def _moves_in_16_bytes(row):
-    if row["vocabulary"]:
+    if row["kernel"].endswith("unaligned"):  # element by element, as the hardware demands
+        assert row["load_bytes"] == 2, row
+    elif row["vocabulary"]:
         assert row["load_bytes"] == 16, row
         assert row["store_bytes"] == 16 or row["kernel"].startswith("logprob_fwd"), row
 

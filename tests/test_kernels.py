@@ -169,18 +169,27 @@ def test_large_logits_keep_their_differences(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_confident_tokens(backend, dtype):
-    """Liger#1329: random logits never show the target's gradient as p -> 1; these do."""
+    """Liger#1329: random logits never show the target's gradient as p -> 1; these do. Value, entropy and gradient keep
+    their digits where 1 − p itself would round to 0: 17 nats in float32."""
     name, device = backend
-    logits = torch.randn(4, 50)
-    ids = torch.tensor([7, 7, 7, 7])
-    logits[torch.arange(4), ids] += torch.tensor([4.0, 8.0, 12.0, 16.0])
+    margins = torch.tensor([4.0, 8.0, 12.0, 16.0, 20.0, 40.0])
+    logits = torch.randn(len(margins), 50)
+    logits[:, 7] = 3 + margins
+    ids = torch.full(margins.shape, 7)
     logits = logits.to(device, dtype).requires_grad_()
-    logps, _ = scores(logits, ids.to(device), name)
+    logps, entropy = scores(logits, ids.to(device), name)
     (got,) = torch.autograd.grad(logps.sum(), logits)
     leaf = logits.detach().cpu().double().requires_grad_()
-    (want,) = torch.autograd.grad(reference.logprobs(leaf, ids)[0].sum(), leaf)
-    # one rounding to the dtype (truncation in the interpreter) on top of fp32's 1 − p
-    bound = want.abs() * 2 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    rest = (leaf - leaf[:, 7:8]).exp().index_fill(1, torch.tensor([7]), 0).sum(-1)
+    truth = -torch.log1p(rest)  # log_softmax keeps fewer digits than this even in float64
+    (want,) = torch.autograd.grad(truth.sum(), leaf)
+    relative = 64 * torch.finfo(torch.float32).eps
+    assert ((logps.cpu().double() - truth).abs() <= relative * truth.abs()).all() and (logps < 0).all()
+    logs = leaf - leaf[:, 7:8] + truth[:, None]
+    want_entropy = -(logs.exp() * logs).sum(-1)
+    assert ((entropy.cpu().double() - want_entropy).abs() <= relative * want_entropy).all()
+    # one rounding to the dtype (truncation in the interpreter) on top of float32's
+    bound = want.abs() * (2 * torch.finfo(dtype).eps + relative)
     if dtype == torch.float16:
         bound = bound + 2.0**-24
     assert ((got.cpu().double() - want).abs() <= bound).all()

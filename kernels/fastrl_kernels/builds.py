@@ -17,7 +17,8 @@ from .tune import RowConfig, TokenConfig, row_config, token_config
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation: a kernel, its constexprs, which optional inputs are absent, and the logits dtype."""
+    """One specialisation: a kernel, its constexprs, which optional inputs are absent, the logits dtype, and whether
+    rows start at multiples of 16 bytes (those of an odd vocabulary without padding do not)."""
 
     name: str
     kernel: Any
@@ -26,6 +27,7 @@ class Build:
     vocabulary: bool
     absent: tuple[str, ...] = ()
     logits: str = "bf16"
+    aligned: bool = True
     logits_names: tuple[str, ...] = field(default=("logits_ptr", "dlogits_ptr", "x_ptr"))
 
 
@@ -36,6 +38,9 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         yield _row_build(f"logprob_fwd-{dtype}", logprob._logprob_fwd_kernel, vocab_size, {}, plain, dtype)
         absent = (*plain, "dentropy_ptr")
         yield _row_build(f"logprob_bwd-{dtype}", logprob._logprob_bwd_kernel, vocab_size, {}, absent, dtype)
+    odd = vocab_size - 1
+    yield _row_build("logprob_fwd-unaligned", logprob._logprob_fwd_kernel, odd, {}, plain, aligned=False)
+    yield _row_build("logprob_bwd-unaligned", logprob._logprob_bwd_kernel, odd, {}, plain, aligned=False)
     yield _row_build("logprob_fwd-full", logprob._logprob_fwd_kernel, vocab_size)
     yield _row_build("logprob_bwd-full", logprob._logprob_bwd_kernel, vocab_size)
     yield from _fused_builds(vocab_size, plain)
@@ -81,11 +86,12 @@ def _row_build(
     constexprs: dict[str, Any] | None = None,
     absent: tuple[str, ...] = (),
     dtype: str = "bf16",
+    aligned: bool = True,
 ) -> Build:
     softcap = "softcap" not in absent
     block = {"BLOCK_V": row_config(vocab_size, softcap, 32).block_v}
     config = functools.partial(row_config, vocab_size, softcap)
-    return Build(name, kernel, {**block, **(constexprs or {})}, config, True, absent, dtype)
+    return Build(name, kernel, {**block, **(constexprs or {})}, config, True, absent, dtype, aligned)
 
 
 _NO_CORRECTION = {"CORRECTION": "off", "MODE": "truncate", "REJECT": "off"}
@@ -123,6 +129,8 @@ def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
     )
     for dtype in ("bf16", "fp32"):
         yield build(f"fused-grpo-{dtype}", names, (*own, *lean), dtype)
+    absent = (*own, *lean)
+    yield _row_build("fused-unaligned", fused._fused_kernel, vocab_size - 1, names, absent, aligned=False)
     yield build("fused-unbounded", names, (*own, *lean, "low", "high", "bound", "old_ptr"))
     for objective in OBJECTIVES:
         constexprs, own = _objective(objective)

@@ -51,8 +51,11 @@ def compile_build(build: Build, target: GPUTarget) -> Any:
     absent = {name: None for name in build.absent if name in names}
     constexprs = {**build.constexprs, **absent}
     signature = {name: "constexpr" if name in constexprs else _argument_type(name, build) for name in names}
+    unaligned = () if build.aligned else (*build.logits_names, *_ALIGNED)
     aligned = [
-        i for i, name in enumerate(names) if name not in constexprs and (name.endswith("_ptr") or name in _ALIGNED)
+        i
+        for i, name in enumerate(names)
+        if name not in (*constexprs, *unaligned) and (name.endswith("_ptr") or name in _ALIGNED)
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(build.kernel, signature, constexprs, attributes)

@@ -17,7 +17,6 @@ from .softmax import (
     row_factor,
     row_start,
     row_statistics,
-    target_logp,
     token_of_row,
     write_row_gradient,
     write_zero_row,
@@ -42,8 +41,9 @@ def _fused_kernel(
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
     CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: 2V bytes read for the statistics, 2V read again (from L2 as far as it holds the row) and 2V
-    written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more and writes zeros."""
+    """One row per program: 2V bytes read for the statistics, the same less one tile read again (from L2 as far as it
+    holds the row) and 2V written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more
+    and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
     n = token_of_row(i, rows_ptr)
     out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
@@ -54,10 +54,10 @@ def _fused_kernel(
     log_s, entropy, logp, c = m, m, m, m
     e = None
     target = tl.full((), 0, tl.int64)
+    last = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
     if valid:
-        m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
         target = tl.load(ids_ptr + n)
-        logp = target_logp(row_ptr, target, V, m, log_s, f, softcap, inner)
+        last, m, log_s, entropy, logp = row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, True, BLOCK_V)
         old, gap = logp, nothing(logp)
         if old_ptr is not None:
             old = tl.load(old_ptr + n)
@@ -97,7 +97,7 @@ def _fused_kernel(
     # In place, the gradient overwrites logits that the whole program must have read before.
     tl.debug_barrier()
     if live:
-        write_row_gradient(row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        write_row_gradient(last, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
         write_zero_row(out_ptr, V, BLOCK_V)
 

@@ -14,7 +14,6 @@ from .softmax import (
     row_factor,
     row_start,
     row_statistics,
-    target_logp,
     token_of_row,
     write_row_gradient,
     write_zero_row,
@@ -39,9 +38,9 @@ def _logprob_fwd_kernel(
     if is_valid(mask_ptr, n):
         f = row_factor(factor, temperature_ptr, n)
         row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
-        m, log_s, entropy = row_statistics(row_ptr, V, log_vocab, f, softcap, inner, BLOCK_V)
         target = tl.load(ids_ptr + n)
-        tl.store(logp_ptr + n, target_logp(row_ptr, target, V, m, log_s, f, softcap, inner))
+        _, m, log_s, entropy, logp = row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, False, BLOCK_V)
+        tl.store(logp_ptr + n, logp)
         tl.store(entropy_ptr + n, entropy)
         tl.store(max_ptr + n, m)
         tl.store(log_sum_ptr + n, log_s)
@@ -72,9 +71,9 @@ def _logprob_bwd_kernel(
     live = is_valid(mask_ptr, n)
     c = tl.full((), 0.0, tl.float32)
     e = None
+    logp = tl.load(logp_ptr + n, mask=live, other=0.0)
     if dlogp_ptr is not None:
         c = tl.load(dlogp_ptr + n, mask=live, other=0.0)
-        logp = tl.load(logp_ptr + n, mask=live, other=0.0)
         c = tl.where(logp == logp, c, float("nan"))
     if dentropy_ptr is not None:
         e = tl.load(dentropy_ptr + n, mask=live, other=0.0)
@@ -86,7 +85,7 @@ def _logprob_bwd_kernel(
         row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
         m, log_s, entropy = tl.load(max_ptr + n), tl.load(log_sum_ptr + n), tl.load(entropy_ptr + n)
         target = tl.load(ids_ptr + n)
-        write_row_gradient(row_ptr, out_ptr, V, target, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        write_row_gradient(None, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
         write_zero_row(out_ptr, V, BLOCK_V)
 
