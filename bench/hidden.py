@@ -136,7 +136,11 @@ def _liger(shape: Shape, kl_coef: float = plain.KL_COEF) -> Run:
     except ImportError as error:
         raise Unavailable(str(error)) from None
     loss = LigerFusedLinearGRPOLoss(
-        beta=kl_coef, epsilon_low=plain.EPSILON, epsilon_high=plain.EPSILON, loss_type="grpo"
+        beta=kl_coef,
+        epsilon_low=plain.EPSILON,
+        epsilon_high=plain.EPSILON,
+        loss_type="grpo",
+        use_ref_model=kl_coef != 0,
     )
 
     def run(inputs: Inputs) -> Inputs:

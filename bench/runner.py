@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import memory
-from bench.case import Case, Run, Unavailable
+from bench.case import Case, Run, Unavailable, unchanged
 from bench.check import Oracle
 from bench.quiet import Neighbours, wait_for_quiet
 from bench.timing import time_step
@@ -50,6 +50,8 @@ def run_case(
     _take_memory(case, rows, runs, quick, say)
     for name in runs:
         rows[name] |= _speed(case, times[name], ceilings) | _against_eager(times, name, dropped is not None)
+        if case.providers[name].timed is not unchanged:  # the least work was counted for other inputs
+            rows[name]["rate"] = None
         rows[name]["disturbed_rounds"] = "none, too few were quiet" if dropped is None else dropped
     return list(rows.values())
 
