@@ -49,7 +49,7 @@ def _bars(rows: list[Row], title: str) -> Any:
         _bar(line[1], shown, [row["peak_mib"] or 0 for row in shown])
         _bar(line[2], shown, [_speed_up(row) for row in shown])
         line[2].axvline(1, color="tab:gray", linewidth=1)
-    axes[-1][0].set_xlabel("ms, median (less is better); dashed: the floor, the least bytes or FLOP at the ceiling")
+    axes[-1][0].set_xlabel("ms, median; dashed: the floor at the measured ceiling")
     axes[-1][1].set_xlabel("peak memory beyond the inputs, MiB")
     axes[-1][2].set_xlabel("times as fast as eager; 0: times too scattered")
     figure.suptitle(title)
