@@ -6,17 +6,21 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import re
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bench import codegen, cost, machine, memory, report, runner, suites
+from bench import codegen, cost, machine, memory, plots, readme, report, runner, suites, targets
 from bench.case import Case
 from bench.quiet import undisturbed
 from bench.timing import copy_bandwidth, gemm_rate
@@ -34,10 +38,16 @@ suites:
   hidden   GRPO with KL from hidden states and the head, trainable and frozen
   token    policy loss from log-probs with metrics; group-normalised advantages
   scan     GAE over padded batches with holes in the mask, against the loop over T
+  memory   peak memory alone, as N and V grow, from logits and from hidden states
   all      all of them
+  targets  the cases of bench/targets.py with the providers that each is compared with, and the verdicts;
+           with --budget 480 in eight minutes on one GPU
+
+The provider "floor" is no implementation: the bare copy of the logits, or the bare matrix products, in the same rounds.
 
 Two reports need no GPU: `python -m bench codegen`, registers, spills and access widths of every kernel, and
-`python -m bench cost`, the bytes that they move and the FLOP of the GEMMs, counted."""
+`python -m bench cost`, the bytes that they move and the FLOP of the GEMMs, counted. `python -m bench readme` writes the
+README's figures from the JSON files."""
 ON_CPU = (
     "[bold yellow]{}mall cases on the CPU, where fastrl runs in plain torch. "
     "These numbers say nothing about the Triton kernels.[/]"
@@ -48,19 +58,24 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--suite", choices=(*suites.SUITES, "all"), default="all", help="what to run (default: all)")
+    made.add_argument(
+        "--suite", choices=(*suites.SUITES, "all", "targets"), default="all", help="what to run (default: all)"
+    )
     made.add_argument(
         "--providers", nargs="+", choices=suites.PROVIDERS, metavar="NAME", default=list(suites.PROVIDERS),
         help=f"whom to run: {', '.join(suites.PROVIDERS)} (default: all)",
     )  # fmt: skip
     made.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     made.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no case after this time; what is left out is noted"
+    )
+    made.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
         help="folder for the JSON (default: bench/results)",
     )  # fmt: skip
     made.add_argument("--name", metavar="NAME", help="file name without .json (default: from device and suite)")
     made.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
-    made.add_argument("--plot", action="store_true", help="also write a bar chart, NAME.png")
+    made.add_argument("--plot", action="store_true", help="also write NAME.png, and NAME-growth.png")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     made.add_argument("--inject-wrong", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--worker", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
@@ -68,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    for name, tool in (("codegen", codegen), ("cost", cost)):
+    for name, tool in (("codegen", codegen), ("cost", cost), ("readme", readme)):
         if arguments[:1] == [name]:
             sub = argparse.ArgumentParser(prog=f"python -m bench {name}", description=tool.__doc__)
             tool.add_arguments(sub)
@@ -95,6 +110,7 @@ def main(arguments: list[str]) -> int:
 def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     """Run the cases; the JSON is written after each, so that an interrupted run keeps what it has."""
     console = Console() if sys.stdout.isatty() else Console(width=130)
+    start = time.monotonic()
     path = options.out / f"{options.name or default_name(options)}.json"
     if options.device == "cpu":
         console.print(ON_CPU.format("S" if torch.cuda.is_available() else "No GPU here: s"))
@@ -107,20 +123,42 @@ def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
             + ", ".join(f"{name} {'disturbed' if x is None else f'{x:.4g}'}" for name, x in ceilings.items())
         )
         document = _document(options, ceilings)
-        for case in cases:
-            rows = runner.run_case(
-                case, options.providers, ceilings, options.quick, lambda text: progress.update(task, description=text)
-            )
+        for i, case in enumerate(cases):
+            left = math.inf if options.budget is None else options.budget - (time.monotonic() - start)
+            rows = _rows(case, options, ceilings, left, len(cases) - i, partial(_say, progress, task))
             document["rows"] += rows
             report.write(path, document)
             console.print(report.table(rows))
             progress.advance(task)
+    found = list(targets.verdicts(document["rows"])) if options.device != "cpu" else []
+    if found:
+        console.print(report.verdict_table(found))
     console.print(f"written: {path}", soft_wrap=True)
     if options.plot:
         title = document["machine"]["gpu"] if options.device != "cpu" else document["machine"]["cpu"]
-        report.plot(path.with_suffix(".png"), document["rows"], title)
-        console.print(f"written: {path.with_suffix('.png')}", soft_wrap=True)
+        for written in plots.draw(path, document["rows"], title):
+            console.print(f"written: {written}", soft_wrap=True)
     return 0
+
+
+def _say(progress: Progress, task: TaskID, text: str) -> None:
+    progress.update(task, description=text)
+
+
+def _rows(
+    case: Case,
+    options: argparse.Namespace,
+    ceilings: dict[str, float | None],
+    left: float,
+    cases_left: int,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Run a case in its share of the seconds left, or note that there are none. Half of the share goes to the rounds:
+    the oracle, compiling and memory need the rest."""
+    if left <= 0:
+        return runner.skipped(case, options.providers, f"the budget of {options.budget:g} s was spent")
+    seconds = min(runner.SECONDS_PER_CASE, left / cases_left / 2)
+    return runner.run_case(case, options.providers, ceilings, options.quick, say, seconds)
 
 
 def _ceilings(cases: list[Case], device: str, tries: int) -> dict[str, float | None]:
@@ -138,6 +176,7 @@ def _document(options: argparse.Namespace, ceilings: dict[str, float | None]) ->
     chosen = options.providers if set(options.providers) < set(suites.PROVIDERS) else []
     command = ["python -m bench", f"--suite {options.suite}", f"--device {options.device}"]
     command += [f"--providers {' '.join(chosen)}"] * bool(chosen) + [f"--case {options.case}"] * bool(options.case)
+    command += [] if options.budget is None else [f"--budget {options.budget:g}"]
     command += ["--quick"] * options.quick
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

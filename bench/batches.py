@@ -10,6 +10,8 @@ from bench.plain import EPSILON, KL_COEF
 from fastrl import reference
 
 SPEC = fastrl.GRPO.replace(kl_coef=KL_COEF, epsilon_low=EPSILON, epsilon_high=EPSILON)
+SEQUENCE_SPEC = fastrl.GSPO.replace(kl_coef=KL_COEF, epsilon_low=EPSILON, epsilon_high=EPSILON)
+WITHOUT_KL = SPEC.replace(kl_coef=0.0)
 
 
 def rollouts(inputs: Inputs) -> fastrl.Rollouts:
@@ -19,15 +21,15 @@ def rollouts(inputs: Inputs) -> fastrl.Rollouts:
         inputs["mask"],
         inputs["advantages"],
         old_logps=inputs["old"],
-        ref_logps=inputs["ref"],
+        ref_logps=inputs.get("ref"),
     )
 
 
-def oracle_loss(logps: Tensor, inputs: Inputs) -> Inputs:
+def oracle_loss(logps: Tensor, inputs: Inputs, spec: fastrl.LossSpec = SPEC) -> Inputs:
     """The loss by the reference, in the dtype of the log-probs."""
-    return {"loss": reference.token_loss(logps.flatten(), None, rollouts(inputs).flat, None, SPEC)[0]}
+    return {"loss": reference.token_loss(logps.flatten(), None, rollouts(inputs).flat, None, spec)[0]}
 
 
-def oracle_from_logits(inputs: Inputs, logits: Tensor) -> Inputs:
+def oracle_from_logits(inputs: Inputs, logits: Tensor, spec: fastrl.LossSpec = SPEC) -> Inputs:
     logps, _ = reference.logprobs(logits, inputs["ids"], inputs["mask"])
-    return oracle_loss(logps, inputs)
+    return oracle_loss(logps, inputs, spec)

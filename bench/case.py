@@ -61,6 +61,10 @@ class Provider:
 
     load: Callable[[Shape], Run]
     prepare: Callable[[Inputs], Inputs] = unchanged
+    timed: Callable[[Inputs], Inputs] = unchanged
+    """Changes what is timed but not what is checked: fastrl on the dense batch, beside the realistic one."""
+    floor: bool = False
+    """Not an implementation but the same bytes or products alone: timed in the same rounds, not checked."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,15 @@ class Case:
     least_flops: Callable[[Shape], float] | None = None
     check_rows: bool = True
     """Whether the check may take fewer rows; False where the rows carry a structure of their own."""
+    target: str | None = None
+    """The entry of `bench.targets.TARGETS` that this case decides."""
+    memory_only: bool = False
+    """Whether only peak memory is taken: a point of a growth curve."""
+
+
+def timed_inputs(case: Case, provider: Provider) -> Inputs:
+    """Fresh inputs of the timed size, as the provider takes them."""
+    return provider.prepare(provider.timed(case.make_inputs(case.shape, False)))
 
 
 def leaves(inputs: Inputs) -> Inputs:

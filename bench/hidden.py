@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
+
+import torch
 
 import fastrl
-from bench import plain
-from bench.batches import SPEC, oracle_from_logits, rollouts
+from bench import peers, plain
+from bench.batches import SPEC, WITHOUT_KL, oracle_from_logits, rollouts
 from bench.case import Case, Inputs, Provider, Run, Shape, Unavailable
-from bench.inputs import hidden_inputs
+from bench.inputs import dense, hidden_inputs, realistic_inputs, realistic_layout
 
 TRL_CHUNK = 32768
 """Vocabulary columns per tile, as in TRL's own call."""
@@ -22,6 +26,12 @@ def trainable_flops(shape: Shape) -> float:
 def frozen_flops(shape: Shape) -> float:
     """4·N·H·V: logits and dhidden; computing the logits again makes it 6."""
     return 4 * shape.rows * shape.hidden * shape.vocab
+
+
+def realistic_flops(shape: Shape) -> float:
+    """6·H·V per token that counts, 2·H·V where its sequence has advantage zero: it is scored for the metrics only."""
+    tokens = sum(length * (2 if zero else 6) for length, zero in zip(*realistic_layout(shape), strict=True))
+    return tokens * shape.hidden * shape.vocab
 
 
 def _eager(shape: Shape, upcast: bool = False) -> Run:
@@ -59,21 +69,78 @@ def _native(shape: Shape) -> Run:
     return run
 
 
-def _fastrl(shape: Shape) -> Run:
+def _verl(shape: Shape) -> Run:
+    """verl's Triton kernels, as its actor calls them with `use_fused_kernels` and the Triton backend."""
+    if shape.device == "cpu":
+        raise Unavailable("its Triton kernels need a GPU")
+    if shape.hidden % 128:
+        raise Unavailable("its kernels need H in multiples of 128")
+    linear_cross_entropy = peers.verl("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    peers.verl("verl.utils.kernel.kernels")  # otherwise imported inside the first call, when verl is off the path again
+
     def run(inputs: Inputs) -> Inputs:
-        head = fastrl.LMHead(inputs["weight"])
-        return {"loss": fastrl.policy_loss_from_hidden(inputs["hidden"], head, rollouts(inputs), SPEC).loss}
+        ids = inputs["ids"]
+        logps, _ = linear_cross_entropy(
+            inputs["hidden"].flatten(0, 1), inputs["weight"], ids.flatten(), 1.0, "none", None
+        )
+        return {"loss": plain.grpo(logps.view(ids.shape), inputs)}
 
     return run
 
 
-def _liger(shape: Shape) -> Run:
+def _cut_cross_entropy(shape: Shape) -> Run:
+    """Its exact variant: the default drops gradients below bf16's epsilon, which is another computation."""
+    if shape.device == "cpu":
+        raise Unavailable("its Triton kernels need a GPU")
+    if shape.dtype == "fp32":
+        raise Unavailable("its kernels take bf16 and fp16")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(str(error)) from None
+
+    def run(inputs: Inputs) -> Inputs:
+        nll = linear_cross_entropy(
+            inputs["hidden"], inputs["weight"], inputs["ids"], reduction="none", impl="cce_exact"
+        )  # fmt: skip
+        return {"loss": plain.grpo(-nll, inputs)}
+
+    return run
+
+
+def _products(shape: Shape, frozen: bool) -> Run:
+    """The floor: the products alone, by the vendor's library, with the whole logits in memory."""
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Inputs:
+        hidden, weight = inputs["hidden"].flatten(0, 1), inputs["weight"]
+        logits = hidden @ weight.t()
+        dhidden = logits @ weight
+        return {"dhidden": dhidden} if frozen else {"dhidden": dhidden, "dweight": logits.t() @ hidden}
+
+    return run
+
+
+def _fastrl(shape: Shape) -> Run:
+    def run(inputs: Inputs) -> Inputs:
+        head = fastrl.LMHead(inputs["weight"])
+        spec = SPEC if "ref" in inputs else WITHOUT_KL
+        return {"loss": fastrl.policy_loss_from_hidden(inputs["hidden"], head, rollouts(inputs), spec).loss}
+
+    return run
+
+
+def _liger(shape: Shape, kl_coef: float = plain.KL_COEF) -> Run:
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     except ImportError as error:
         raise Unavailable(str(error)) from None
     loss = LigerFusedLinearGRPOLoss(
-        beta=plain.KL_COEF, epsilon_low=plain.EPSILON, epsilon_high=plain.EPSILON, loss_type="grpo"
+        beta=kl_coef,
+        epsilon_low=plain.EPSILON,
+        epsilon_high=plain.EPSILON,
+        loss_type="grpo",
+        use_ref_model=kl_coef != 0,
     )
 
     def run(inputs: Inputs) -> Inputs:
@@ -83,7 +150,7 @@ def _liger(shape: Shape) -> Run:
             inputs["ids"],
             inputs["mask"],
             inputs["advantages"],
-            ref_per_token_logps=inputs["ref"],
+            ref_per_token_logps=inputs.get("ref"),
             old_per_token_logps=inputs["old"],
         )
         return {"loss": value}
@@ -116,44 +183,78 @@ def _trl(shape: Shape) -> Run:
 
 
 def _oracle(inputs: Inputs) -> Inputs:
-    return oracle_from_logits(inputs, inputs["hidden"] @ inputs["weight"].t())
+    logits = inputs["hidden"] @ inputs["weight"].t()
+    return oracle_from_logits(inputs, logits, SPEC if "ref" in inputs else WITHOUT_KL)
 
 
-def _case(shape: Shape, frozen: bool, only: tuple[str, ...] = ()) -> Case:
+def _providers(shape: Shape, frozen: bool, kl_coef: float = plain.KL_COEF) -> dict[str, Provider]:
     providers = {"eager": Provider(_eager)}
     if shape.dtype != "fp32":  # in fp32 it is the same as eager
         providers["eager-fp32"] = Provider(partial(_eager, upcast=True))
-    providers |= {
+    return providers | {
         "torch.compile": Provider(_compiled),
         "torch-native": Provider(_native),
         "fastrl": Provider(_fastrl),
-        "liger": Provider(_liger),
+        "liger": Provider(partial(_liger, kl_coef=kl_coef)),
         "trl": Provider(_trl),
+        "verl": Provider(_verl),
+        "cut-cross-entropy": Provider(_cut_cross_entropy),
+        "floor": Provider(partial(_products, frozen=frozen), floor=True),
     }
+
+
+def _target(shape: Shape, frozen: bool) -> str:
+    if frozen:
+        return "hidden-frozen"
+    return "hidden-small" if shape.hidden < 4096 else "hidden"
+
+
+def loss_case(shape: Shape, frozen: bool, only: tuple[str, ...] = (), **more: Any) -> Case:
+    """GRPO with KL from hidden states; `only` some providers; `more` changes fields of the case."""
     head = "frozen" if frozen else "trainable"
-    return Case(
+    case = Case(
         name=f"hidden-{head}-N{shape.rows}-H{shape.hidden}-V{shape.vocab}-{shape.dtype}",
         suite="hidden",
         shape=shape,
         make_inputs=partial(hidden_inputs, frozen=frozen),
-        providers={name: provider for name, provider in providers.items() if not only or name in only},
+        providers={name: p for name, p in _providers(shape, frozen).items() if not only or name in only},
         oracle=_oracle,
         least_flops=frozen_flops if frozen else trainable_flops,
+        target=_target(shape, frozen),
+    )
+    return dataclasses.replace(case, **more)
+
+
+def _realistic_case(shape: Shape) -> Case:
+    """A batch as it comes in training, beside the same one without padding and zero advantages."""
+    providers = _providers(shape, frozen=False, kl_coef=0.0)
+    del providers["floor"]  # its products would be those of the dense batch
+    return Case(
+        name=f"hidden-realistic-N{shape.rows}-H{shape.hidden}-V{shape.vocab}-{shape.dtype}",
+        suite="hidden",
+        shape=shape,
+        make_inputs=realistic_inputs,
+        providers=providers | {"fastrl-dense": Provider(_fastrl, timed=dense)},
+        oracle=_oracle,
+        least_flops=realistic_flops,
+        target="realistic",
     )
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         shape = Shape(4, 16, 512, 32, device=device)
-        return [_case(shape, frozen=False), _case(shape, frozen=True)]
+        return [loss_case(shape, frozen=False), loss_case(shape, frozen=True), _realistic_case(shape)]
     if device == "cpu":
         # Logits of 1 GiB: where holding them, or not, is felt. The other providers take too long here.
-        large = _case(Shape(8, 512, 65536, 256), frozen=False, only=("eager", "fastrl", "trl"))
-        return [large, _case(Shape(8, 64, 32000, 256), frozen=True)]
+        large = loss_case(Shape(8, 512, 65536, 256), frozen=False, only=("eager", "fastrl", "trl", "floor"))
+        realistic = _realistic_case(Shape(20, 64, 32000, 256))
+        return [large, loss_case(Shape(8, 64, 32000, 256), frozen=True), realistic]
     shapes = [
         Shape(8, length, vocab, hidden, "bf16", device)
         for hidden in (1536, 4096, 8192)
         for vocab in (128256, 151936)
         for length in (512, 1024)
     ]
-    return [_case(shape, frozen) for shape in shapes for frozen in (False, True)]
+    made = [loss_case(shape, frozen) for shape in shapes for frozen in (False, True)]
+    return [*made, _realistic_case(Shape(64, 128, 151936, 4096, "bf16", device))]

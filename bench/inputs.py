@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -79,6 +80,33 @@ def hidden_inputs(shape: Shape, ragged: bool, *, frozen: bool = False) -> Inputs
     chosen = torch.stack([(h.float() * weight[i].float()).sum(-1) for h, i in zip(hidden, ids, strict=True)])
     batch = _batch(shape, generator, chosen, ids, ragged)
     return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(not frozen)} | batch
+
+
+def realistic_layout(shape: Shape) -> tuple[list[int], list[bool]]:
+    """Lengths, spread evenly from 0.4·T to T so that 30 % is padding, and which 30 % of the sequences have advantage
+    zero: a group of equal rewards."""
+    draw, steps = random.Random(SEED), max(shape.batch - 1, 1)
+    lengths = [max(1, round(shape.length * (0.4 + 0.6 * i / steps))) for i in range(shape.batch)]
+    zero = [i < round(0.3 * shape.batch) for i in range(shape.batch)]
+    draw.shuffle(lengths)
+    draw.shuffle(zero)
+    return lengths, zero
+
+
+def realistic_inputs(shape: Shape, ragged: bool) -> Inputs:
+    """`hidden_inputs` with padding and zero advantages as in a training step, and without reference log-probs."""
+    inputs = hidden_inputs(shape, ragged=False)
+    del inputs["ref"]
+    lengths, zero = (torch.tensor(x, device=shape.device) for x in realistic_layout(shape))
+    inputs["mask"] = torch.arange(shape.length, device=shape.device) < lengths.unsqueeze(-1)
+    inputs["advantages"] = torch.where(zero, 0.0, inputs["advantages"])
+    return inputs
+
+
+def dense(inputs: Inputs) -> Inputs:
+    """The same batch with every token counting and no zero advantage."""
+    advantages = torch.where(inputs["advantages"] == 0, 1.0, inputs["advantages"])
+    return inputs | {"mask": torch.ones_like(inputs["mask"]), "advantages": advantages}
 
 
 def token_inputs(shape: Shape, ragged: bool) -> Inputs:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastrl
 from bench import plain
-from bench.batches import SPEC, oracle_from_logits, rollouts
+from bench.batches import SEQUENCE_SPEC, SPEC, oracle_from_logits, rollouts
 from bench.case import Case, Inputs, Provider, Run, Shape, Unavailable
 from bench.inputs import logits_inputs, scoring_inputs
 from fastrl import reference
+
+SCORED_VOCAB = 151936
+"""The vocabulary of the target for scoring."""
 
 
 def loss_bytes(shape: Shape) -> float:
@@ -26,29 +31,31 @@ def score_bytes(shape: Shape) -> float:
     return shape.rows * shape.vocab * shape.itemsize
 
 
-def _eager(shape: Shape, upcast: bool = False) -> Run:
+def _eager(shape: Shape, upcast: bool = False, sequence: bool = False) -> Run:
     def run(inputs: Inputs) -> Inputs:
         logits = inputs["logits"].float() if upcast else inputs["logits"]
-        return {"loss": plain.grpo(plain.token_logps(logits, inputs["ids"]), inputs)}
+        return {"loss": plain.grpo(plain.token_logps(logits, inputs["ids"]), inputs, sequence)}
 
     return run
 
 
-def _compiled(shape: Shape) -> Run:
-    return plain.compiled(_eager(shape), shape)
+def _compiled(shape: Shape, sequence: bool = False) -> Run:
+    return plain.compiled(_eager(shape, sequence=sequence), shape)
 
 
-def _fastrl(shape: Shape, inplace: bool = False) -> Run:
+def _fastrl(shape: Shape, inplace: bool = False, sequence: bool = False) -> Run:
+    spec = SEQUENCE_SPEC if sequence else SPEC
+
     def run(inputs: Inputs) -> Inputs:
         logits = inputs["logits"]
         if inplace:  # a model's logits are not a leaf, and only those may be overwritten
             logits = logits.view_as(logits)
-        return {"loss": fastrl.policy_loss_from_logits(logits, rollouts(inputs), SPEC, inplace=inplace).loss}
+        return {"loss": fastrl.policy_loss_from_logits(logits, rollouts(inputs), spec, inplace=inplace).loss}
 
     return run
 
 
-def _liger(shape: Shape) -> Run:
+def _liger(shape: Shape, sequence: bool = False) -> Run:
     if shape.device == "cpu":
         raise Unavailable("its Triton kernels need a GPU")
     try:
@@ -61,7 +68,7 @@ def _liger(shape: Shape) -> Run:
         loss, _ = triton_grpo_loss(
             inputs["logits"], inputs["old"], inputs["ref"], inputs["ids"], inputs["advantages"], mask,
             temperature=1.0, beta=plain.KL_COEF, eps_low=plain.EPSILON, eps_high=plain.EPSILON, loss_type="grpo",
-            reduce=True,
+            importance_sampling_level="sequence" if sequence else "token", reduce=True,
         )  # fmt: skip
         return {"loss": loss}
 
@@ -75,7 +82,7 @@ def _one_more_position(inputs: Inputs) -> Inputs:
     return inputs | {"logits": padded.requires_grad_()}
 
 
-def _trl(shape: Shape) -> Run:
+def _trl(shape: Shape, sequence: bool = False) -> Run:
     try:
         from trl.trainer.utils import selective_log_softmax_and_entropy
     except ImportError as error:
@@ -84,13 +91,22 @@ def _trl(shape: Shape) -> Run:
     def run(inputs: Inputs) -> Inputs:
         # As in GRPOTrainer: the entropy is always computed, for its metric.
         logps, _ = selective_log_softmax_and_entropy(inputs["logits"], inputs["ids"], entropy_requires_grad=False)
-        return {"loss": plain.grpo(logps, inputs)}
+        return {"loss": plain.grpo(logps, inputs, sequence)}
 
     return run
 
 
-def _oracle(inputs: Inputs) -> Inputs:
-    return oracle_from_logits(inputs, inputs["logits"])
+def _copy(shape: Shape) -> Run:
+    """The floor: as many bytes as the logits and their gradient, read once and written once."""
+
+    def run(inputs: Inputs) -> Inputs:
+        return {"copy": inputs["logits"].detach().clone()}
+
+    return run
+
+
+def _oracle(inputs: Inputs, sequence: bool = False) -> Inputs:
+    return oracle_from_logits(inputs, inputs["logits"], SEQUENCE_SPEC if sequence else SPEC)
 
 
 def _score_eager(shape: Shape, upcast: bool = False) -> Run:
@@ -139,26 +155,51 @@ def _score_oracle(inputs: Inputs) -> Inputs:
     return _named(*reference.logprobs(inputs["logits"], inputs["ids"]))
 
 
-def _case(shape: Shape, kind: str) -> Case:
-    half = shape.dtype != "fp32"
-    grpo = kind == "grpo"
-    providers = {"eager": Provider(_eager if grpo else _score_eager)}
-    if half:  # in fp32 it is the same as eager
-        providers["eager-fp32"] = Provider(partial(_eager if grpo else _score_eager, upcast=True))
-    providers["torch.compile"] = Provider(_compiled if grpo else _score_compiled)
-    providers["fastrl"] = Provider(_fastrl if grpo else _score_fastrl)
-    if grpo:
-        providers["fastrl-inplace"] = Provider(partial(_fastrl, inplace=True))
-    providers["liger"] = Provider(_liger, _one_more_position) if grpo else Provider(_score_liger)
-    providers["trl"] = Provider(_trl if grpo else _score_trl)
-    return Case(
-        name=f"logits-{kind}-N{shape.rows}-V{shape.vocab}-{shape.dtype}",
+def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), **more: Any) -> Case:
+    """GRPO with KL from logits, or GSPO with `sequence`; `only` some providers; `more` changes fields of the case."""
+    providers = {"eager": Provider(partial(_eager, sequence=sequence))}
+    if shape.dtype != "fp32":  # in fp32 it is the same as eager
+        providers["eager-fp32"] = Provider(partial(_eager, upcast=True, sequence=sequence))
+    providers |= {
+        "torch.compile": Provider(partial(_compiled, sequence=sequence)),
+        "fastrl": Provider(partial(_fastrl, sequence=sequence)),
+        "fastrl-inplace": Provider(partial(_fastrl, inplace=True, sequence=sequence)),
+        "liger": Provider(partial(_liger, sequence=sequence), _one_more_position),
+        "trl": Provider(partial(_trl, sequence=sequence)),
+        "floor": Provider(_copy, floor=True),
+    }
+    case = Case(
+        name=f"logits-{'gspo' if sequence else 'grpo'}-N{shape.rows}-V{shape.vocab}-{shape.dtype}",
         suite="logits",
         shape=shape,
-        make_inputs=logits_inputs if grpo else scoring_inputs,
+        make_inputs=logits_inputs,
+        providers={name: provider for name, provider in providers.items() if not only or name in only},
+        oracle=partial(_oracle, sequence=sequence),
+        least_bytes=loss_bytes,
+        target="logits-sequence" if sequence else "logits",
+    )
+    return dataclasses.replace(case, **more)
+
+
+def _score_case(shape: Shape) -> Case:
+    providers = {"eager": Provider(_score_eager)}
+    if shape.dtype != "fp32":
+        providers["eager-fp32"] = Provider(partial(_score_eager, upcast=True))
+    providers |= {
+        "torch.compile": Provider(_score_compiled),
+        "fastrl": Provider(_score_fastrl),
+        "liger": Provider(_score_liger),
+        "trl": Provider(_score_trl),
+    }
+    return Case(
+        name=f"logits-score-N{shape.rows}-V{shape.vocab}-{shape.dtype}",
+        suite="logits",
+        shape=shape,
+        make_inputs=scoring_inputs,
         providers=providers,
-        oracle=_oracle if grpo else _score_oracle,
-        least_bytes=loss_bytes if grpo else score_bytes,
+        oracle=_score_oracle,
+        least_bytes=score_bytes,
+        target="score" if shape.vocab == SCORED_VOCAB else None,
     )
 
 
@@ -169,4 +210,4 @@ def cases(device: str, quick: bool) -> list[Case]:
         shapes = [Shape(8, 128, 32000, dtype="fp32", device=device)]
     else:
         shapes = [Shape(8, 1024, vocab, dtype="bf16", device=device) for vocab in (32000, 128256, 151936, 262144)]
-    return [_case(shape, kind) for shape in shapes for kind in ("grpo", "score")]
+    return [case for s in shapes for case in (loss_case(s), loss_case(s, sequence=True), _score_case(s))]

@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = {name: name for name in ("torch", "triton", "transformers", "trl")} | {"liger": "liger-kernel"}
+_PACKAGES |= {"verl": "verl", "cut-cross-entropy": "cut-cross-entropy"}
 
 
 def machine() -> dict[str, Any]:

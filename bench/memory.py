@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.case import Case, Provider, Run, step
+from bench.case import Case, Provider, Run, step, timed_inputs
 from bench.quiet import Neighbours, wait_for_quiet
 from bench.timing import timed
 
@@ -38,7 +38,7 @@ class Peak:
 
 def gpu_peak(case: Case, provider: Provider, run: Run) -> float:
     """MiB that the allocator handed out during one warm step, at the most at once, beyond the inputs."""
-    inputs = provider.prepare(case.make_inputs(case.shape, False))
+    inputs = timed_inputs(case, provider)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -105,7 +105,7 @@ def worker(case: Case, name: str) -> dict[str, Any]:
     touch(case)
     peaks, times, disturbed = [], [], []
     for _ in range(2):
-        inputs = provider.prepare(case.make_inputs(case.shape, False))
+        inputs = timed_inputs(case, provider)
         neighbours = Neighbours()
         with resident_peak() as peak:
             times.append(timed(lambda inputs=inputs: step(run, inputs), "cpu"))

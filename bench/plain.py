@@ -15,21 +15,28 @@ def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _token_losses(logps: Tensor, batch: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) losses −min(r·A, clip(r)·A) + β·k3, ratios r and k3, in fp32 as every trainer computes them."""
+def _token_losses(logps: Tensor, batch: Inputs, sequence: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) losses −min(r·A, clip(r)·A) + β·k3, ratios r and k3, in fp32 as every trainer computes them. With
+    `sequence`, r is (B, 1): exp of the mean log-ratio. Without reference log-probs there is no KL."""
     logps = logps.float()
     advantages = batch["advantages"].unsqueeze(-1)
-    ratio = (logps - batch["old"]).exp()
+    log_ratio = logps - batch["old"]
+    if sequence:
+        mask = batch["mask"].float()
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages)
+    if "ref" not in batch:
+        return -surrogate.expand_as(logps), ratio, torch.zeros_like(logps)
     x = batch["ref"] - logps
     k3 = x.exp() - x - 1
     return KL_COEF * k3 - surrogate, ratio, k3
 
 
-def grpo(logps: Tensor, batch: Inputs) -> Tensor:
-    """GRPO with KL: mean over sequences of the mean over their tokens."""
+def grpo(logps: Tensor, batch: Inputs, sequence: bool = False) -> Tensor:
+    """GRPO with KL, or GSPO with `sequence`: mean over sequences of the mean over their tokens."""
     mask = batch["mask"].float()
-    losses, _, _ = _token_losses(logps, batch)
+    losses, _, _ = _token_losses(logps, batch, sequence)
     return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
@@ -58,9 +65,9 @@ def entropies(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """(S,) -> (r − mean) / (std + 1e-4) over consecutive groups of `GROUP`, unbiased std."""
-    grouped = rewards.view(-1, GROUP)
+def group_advantages(rewards: Tensor, group: int) -> Tensor:
+    """(S,) -> (r − mean) / (std + 1e-4) over consecutive groups, unbiased std."""
+    grouped = rewards.view(-1, group)
     return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-4)).view(-1)
 
 

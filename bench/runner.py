@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import memory
-from bench.case import Case, Run, Unavailable
+from bench.case import Case, Run, Unavailable, unchanged
 from bench.check import Oracle
 from bench.quiet import Neighbours, wait_for_quiet
 from bench.timing import time_step
@@ -30,20 +30,35 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-def run_case(case: Case, names: list[str], ceilings: dict[str, float | None], quick: bool, say: Say) -> list[Row]:
-    """One row per provider. A provider that cannot run, fails or is wrong has a reason in its row and no speed."""
+def run_case(
+    case: Case,
+    names: list[str],
+    ceilings: dict[str, float | None],
+    quick: bool,
+    say: Say,
+    seconds: float = SECONDS_PER_CASE,
+) -> list[Row]:
+    """One row per provider. A provider that cannot run, fails or is wrong has a reason in its row and no speed. The
+    rounds take about `seconds`, and are at least `MIN_ROUNDS`."""
     rows = {name: _row(case, name) for name in names if name in case.providers}
     runs = _checked(case, rows, say)
-    rounds = _warm_up(case, rows, runs, say)
+    if case.memory_only:
+        _take_memory(case, rows, runs, quick, say)
+        return list(rows.values())
+    rounds = _warm_up(case, rows, runs, say, seconds)
     times, dropped = _rounds(case, rows, runs, rounds, case.shape.device == "cpu" and not quick, say)
-    for name in list(runs):
-        say(f"{case.name}: memory of {name}")
-        with _reason_for_failure(rows[name], runs):
-            rows[name] |= _memory(case, name, runs[name], quick)
+    _take_memory(case, rows, runs, quick, say)
     for name in runs:
         rows[name] |= _speed(case, times[name], ceilings) | _against_eager(times, name, dropped is not None)
+        if case.providers[name].timed is not unchanged:  # the least work was counted for other inputs
+            rows[name]["rate"] = None
         rows[name]["disturbed_rounds"] = "none, too few were quiet" if dropped is None else dropped
     return list(rows.values())
+
+
+def skipped(case: Case, names: list[str], reason: str) -> list[Row]:
+    """The rows of a case that was not run at all."""
+    return [_row(case, name) | {"status": "skipped", "reason": reason} for name in names if name in case.providers]
 
 
 def _rounds(
@@ -52,7 +67,9 @@ def _rounds(
     """Milliseconds per provider, one each per round, and how many rounds were dropped because others disturbed them
     (none unless `guarded`: on a GPU other processes' CPU time says little, and a quick run takes what comes).
 
-    If fewer than `MIN_ROUNDS` in twice as many attempts were quiet, all of them are kept and the count is None.
+    Every round starts with another provider, so that nobody always follows the same one: what a predecessor leaves in
+    caches, in the allocator or in the processor's clock is shared out. If fewer than `MIN_ROUNDS` in twice as many
+    attempts were quiet, all of them are kept and the count is None.
     """
     quiet: list[dict[str, float]] = []
     every: list[dict[str, float]] = []
@@ -65,7 +82,7 @@ def _rounds(
             waited = wait_for_quiet(patience)
             patience, start = max(patience - waited, 0.0), start + waited
         neighbours, found = Neighbours(), {}
-        for name in list(runs):
+        for name in _rotated(list(runs), len(every)):
             with _reason_for_failure(rows[name], runs):
                 found[name] = _time(case, name, runs)
         every.append(found)
@@ -76,10 +93,16 @@ def _rounds(
     return {name: [found[name] for found in kept] for name in runs}, len(every) - len(quiet) if enough else None
 
 
+def _rotated(names: list[str], by: int) -> list[str]:
+    by %= max(1, len(names))
+    return names[by:] + names[:by]
+
+
 def _row(case: Case, name: str) -> Row:
     return {
         "case": case.name,
         "suite": case.suite,
+        "target": case.target,
         "shape": dataclasses.asdict(case.shape) | {"rows": case.shape.rows},
         "provider": name,
         "status": "ok",
@@ -97,7 +120,7 @@ def _row(case: Case, name: str) -> Row:
 
 
 def _checked(case: Case, rows: dict[str, Row], say: Say) -> dict[str, Run]:
-    """The providers whose values and gradients are right."""
+    """The providers whose values and gradients are right, and the floor."""
     say(f"{case.name}: float64 oracle")
     try:
         oracle = Oracle(case)
@@ -110,6 +133,10 @@ def _checked(case: Case, rows: dict[str, Row], say: Say) -> dict[str, Run]:
         say(f"{case.name}: checking {name}")
         with _reason_for_failure(row, runs):
             run = case.providers[name].load(case.shape)
+            if case.providers[name].floor:
+                row["status"] = "floor"
+                runs[name] = run
+                continue
             errors = oracle.check(case.providers[name], run)
             row["checked_rows"] = oracle.shape.rows
             row["errors"] = {key: {"error": e.error, "bar": e.bar} for key, e in errors.items()}
@@ -142,7 +169,7 @@ def tidy(message: str) -> str:
     return re.sub(r"(?:/[\w.+-]+){2,}", "...", first)[:300]
 
 
-def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say) -> int:
+def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say, seconds: float) -> int:
     """Untimed steps: they compile what is left to compile, raise clocks, and touch memory that a virtual machine may
     only now get from its host. Returns how many rounds the time allows."""
     total = 0.0
@@ -156,16 +183,25 @@ def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say) -
                     break
                 spent.append(_time(case, name, runs) / 1e3)
             total += spent[-1]
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS_PER_CASE / total))) if total else MIN_ROUNDS
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / total))) if total else MIN_ROUNDS
 
 
 def _time(case: Case, name: str, runs: dict[str, Run]) -> float:
     return time_step(case, case.providers[name], runs[name])
 
 
+def _take_memory(case: Case, rows: dict[str, Row], runs: dict[str, Run], quick: bool, say: Say) -> None:
+    for name in list(runs):
+        say(f"{case.name}: memory of {name}")
+        with _reason_for_failure(rows[name], runs):
+            rows[name] |= _memory(case, name, runs[name], quick)
+
+
 def _memory(case: Case, name: str, run: Run, quick: bool) -> Row:
     if case.shape.device == "cpu":
         return memory.in_fresh_process(case, name, quick)
+    if case.memory_only:  # nothing has run at this size yet: the first call compiles, and allocates for it
+        time_step(case, case.providers[name], run)
     return {"peak_mib": memory.gpu_peak(case, case.providers[name], run)}
 
 

@@ -62,6 +62,10 @@ def _no_gae(shape: Shape) -> Run:
     raise Unavailable("no GAE outside its trainer")
 
 
+def _whitened(shape: Shape) -> Run:
+    raise Unavailable("its GAE whitens in the same call; its loop is the eager provider")
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     batch, length = (4, 16) if quick else (512, 8192)
     shape = Shape(batch, length, device=device)
@@ -77,8 +81,10 @@ def cases(device: str, quick: bool) -> list[Case]:
                 "fastrl": Provider(_fastrl),
                 "liger": Provider(_no_gae),
                 "trl": Provider(_no_gae),
+                "verl": Provider(_whitened),
             },
             oracle=_loop,
             least_bytes=least_bytes,
+            target="gae",
         )
     ]

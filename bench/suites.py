@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench import hidden, logits, scan, tokens
+from bench import growth, hidden, logits, scan, tokens
 from bench.case import Case, Inputs, Provider, Run, Shape
+from bench.targets import TARGETS
 
-SUITES = {"logits": logits.cases, "hidden": hidden.cases, "token": tokens.cases, "scan": scan.cases}
-PROVIDERS = ("eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "liger", "trl")
+SUITES = {
+    "logits": logits.cases,
+    "hidden": hidden.cases,
+    "token": tokens.cases,
+    "scan": scan.cases,
+    "memory": growth.cases,
+}
+PROVIDERS = (
+    "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-dense", "liger", "trl",
+    "verl", "cut-cross-entropy", "floor",
+)  # fmt: skip
 
 
 def cases(suite: str, device: str, quick: bool) -> list[Case]:
-    """The cases of one suite, or of "all"."""
+    """The cases of one suite, of "all", or those of "targets"."""
+    if suite == "targets":
+        return _target_cases(device, quick)
     return [case for name, make in SUITES.items() if suite in (name, "all") for case in make(device, quick)]
+
+
+def _target_cases(device: str, quick: bool) -> list[Case]:
+    """Only the cases that a target speaks of, only with the providers that it compares; the short ones first."""
+    found = [case for case in cases("all", device, quick) if case.target]
+    for i, case in enumerate(found):
+        wanted = TARGETS[case.target].providers
+        chosen = {name: provider for name, provider in case.providers.items() if name in wanted}
+        found[i] = dataclasses.replace(case, providers=chosen)
+    return sorted(found, key=lambda case: case.least_flops is not None)
 
 
 def with_wrong_provider(case: Case) -> Case:

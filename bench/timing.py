@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.case import DTYPES, Case, Provider, Run, step
+from bench.case import DTYPES, Case, Provider, Run, step, timed_inputs
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -29,7 +29,7 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 def time_step(case: Case, provider: Provider, run: Run) -> float:
     """Milliseconds of one step on inputs made anew, outside the clock: in-place providers overwrite theirs."""
-    inputs = provider.prepare(case.make_inputs(case.shape, False))
+    inputs = timed_inputs(case, provider)
     gc.collect()
     return timed(lambda: step(run, inputs), case.shape.device)
 

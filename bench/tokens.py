@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+import torch
+
 import fastrl
-from bench import plain
+from bench import peers, plain
 from bench.batches import SPEC, oracle_loss, rollouts
 from bench.case import Case, Inputs, Provider, Run, Shape, Unavailable
 from bench.inputs import reward_inputs, token_inputs
@@ -54,16 +59,29 @@ def _oracle(inputs: Inputs) -> Inputs:
     return oracle_loss(inputs["logps"], inputs)
 
 
-def _advantages_eager(shape: Shape) -> Run:
-    return lambda inputs: {"advantages": plain.group_advantages(inputs["rewards"])}
+def _advantages_eager(shape: Shape, group: int) -> Run:
+    return lambda inputs: {"advantages": plain.group_advantages(inputs["rewards"], group)}
 
 
-def _advantages_compiled(shape: Shape) -> Run:
-    return plain.compiled(_advantages_eager(shape), shape)
+def _advantages_compiled(shape: Shape, group: int) -> Run:
+    return plain.compiled(_advantages_eager(shape, group), shape)
 
 
-def _advantages_fastrl(shape: Shape) -> Run:
-    return lambda inputs: {"advantages": fastrl.group_advantages(inputs["rewards"], group_size=plain.GROUP)}
+def _advantages_fastrl(shape: Shape, group: int) -> Run:
+    return lambda inputs: {"advantages": fastrl.group_advantages(inputs["rewards"], group_size=group)}
+
+
+def _advantages_verl(shape: Shape, group: int) -> Run:
+    """verl's default: a Python loop over the samples. It takes rewards per token; one token is the least work."""
+    estimate = peers.verl("verl.trainer.ppo.core_algos").compute_grpo_outcome_advantage
+    index = np.arange(shape.batch) // group
+    ones = torch.ones(shape.batch, 1, device=shape.device)
+
+    def run(inputs: Inputs) -> Inputs:
+        advantages, _ = estimate(inputs["rewards"].unsqueeze(-1), ones, index, epsilon=1e-4)
+        return {"advantages": advantages.squeeze(-1)}
+
+    return run
 
 
 def _no_advantages(shape: Shape) -> Run:
@@ -85,29 +103,33 @@ def _policy_case(shape: Shape) -> Case:
         },
         oracle=_oracle,
         least_bytes=policy_bytes,
+        target="token",
     )
 
 
-def _advantage_case(shape: Shape) -> Case:
+def _advantage_case(shape: Shape, group: int) -> Case:
     return Case(
-        name=f"token-advantages-S{shape.batch}-G{plain.GROUP}",
+        name=f"token-advantages-S{shape.batch}-G{group}",
         suite="token",
         shape=shape,
         make_inputs=reward_inputs,
         providers={
-            "eager": Provider(_advantages_eager),
-            "torch.compile": Provider(_advantages_compiled),
-            "fastrl": Provider(_advantages_fastrl),
+            "eager": Provider(partial(_advantages_eager, group=group)),
+            "torch.compile": Provider(partial(_advantages_compiled, group=group)),
+            "fastrl": Provider(partial(_advantages_fastrl, group=group)),
             "liger": Provider(_no_advantages),
             "trl": Provider(_no_advantages),
+            "verl": Provider(partial(_advantages_verl, group=group)),
         },
-        oracle=_advantages_eager(shape),  # written out in plain torch, so in float64 it is exact
+        oracle=_advantages_eager(shape, group),  # written out in plain torch, so in float64 it is exact
         least_bytes=advantage_bytes,
         check_rows=False,
+        target="advantages" if group == 8 else None,
     )
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     batch, length, rewards = (4, 16, 64) if quick else (256, 1024, 8192)
     policy = Shape(batch, length, vocab=1000, device=device)
-    return [_policy_case(policy), _advantage_case(Shape(rewards, 1, device=device))]
+    made = [_advantage_case(Shape(rewards, 1, device=device), group) for group in (8, plain.GROUP)]
+    return [_policy_case(policy), *made]

@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="needs rich")
 ROOT = Path(__file__).parents[1]
 DOCUMENT = {"date", "command", "git", "machine", "versions", "device", "quick", "ceilings", "rows"}
 ROW = {
-    "case", "suite", "shape", "provider", "status", "reason", "errors", "checked_rows", "ms", "first_ms", "peak_mib",
+    "case", "suite", "target", "shape", "provider", "status", "reason", "errors", "checked_rows", "ms", "first_ms", "peak_mib",
     "first_peak_mib", "rate", "vs_eager", "disturbed_rounds",
 }  # fmt: skip
 

@@ -1,0 +1,211 @@
+"""What the benchmarks say of a run: README figures, losses, verdicts on the targets, growth curves, skipped cases."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="needs rich")
+
+from bench import __main__ as command
+from bench import hidden, inputs, plots, readme, runner, suites, targets
+from bench.case import Case, Shape
+
+
+def row(provider: str, ms: float | None, *, case: str = "scan-gae-B512-T8192", **more: Any) -> dict[str, Any]:
+    """A row of a run of three rounds that all took `ms`."""
+    speed = None if ms is None else {"median": ms, "samples": [ms] * 3}
+    made = {
+        "case": case, "suite": case.split("-")[0], "target": None, "provider": provider, "status": "ok", "ms": speed,
+        "shape": {"rows": 8, "vocab": 100}, "rate": {"share": 0.5}, "vs_eager": {"median": 2.0, "steady": True}, "peak_mib": None,
+    }  # fmt: skip
+    return made | more
+
+
+def document(rows: list[dict[str, Any]], date: str = "2026-01-01", device: str = "cpu") -> dict[str, Any]:
+    machine = {"cpu": "a processor", "cores": 2, "gpu": "an accelerator"}
+    versions = {"torch": "2.13.0", "trl": None}
+    return {
+        "date": date, "device": device, "quick": False, "machine": machine, "versions": versions, "rows": rows,
+    }  # fmt: skip
+
+
+def test_the_readme_is_up_to_date() -> None:
+    assert command.main(["readme", "--check"]) == 0
+
+
+def test_check_fails_on_a_stale_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stale = tmp_path / "README.md"
+    stale.write_text((readme.ROOT / "README.md").read_text().replace("| 1754 |", "| 1700 |"))
+    assert command.main(["readme", "--check", "--readme", str(stale)]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert command.main(["readme", "--readme", str(stale)]) == 0
+    assert stale.read_text() == (readme.ROOT / "README.md").read_text()
+    stale.write_text("no markers")
+    assert command.main(["readme", "--readme", str(stale)]) == 2
+
+
+def test_quick_runs_are_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document([row("fastrl", 1.0)]) | {"quick": True}))
+    assert readme.load(tmp_path) == {}
+    assert "No GPU figure" in readme.section({})
+
+
+def test_a_case_comes_from_its_newest_steady_run() -> None:
+    unsteady = {"vs_eager": {"steady": False}}
+    runs = {
+        "old.json": document([row("eager", 9.0), row("fastrl", 3.0)], "2026-01-01"),
+        "new.json": document([row("eager", 8.0), row("fastrl", 2.0)], "2026-01-02"),
+        "noisy.json": document([row("eager", 7.0), row("fastrl", 1.0, **unsteady)], "2026-01-03"),
+    }
+    text = readme.section(runs)
+    assert "| GAE, 512 x 8192 | 8.0 | 2.0 |" in text
+    assert "No correct provider was faster." in text
+    text = readme.section({"noisy.json": runs["noisy.json"]})
+    assert "disturbed fastrl's rounds: GAE, 512 x 8192." in text and "7.0" not in text
+
+
+def test_losses_are_stated() -> None:
+    case = "hidden-frozen-N8-H4-V100-fp32"
+    rows = [
+        row("eager", 4.0, case=case, peak_mib=500.0),
+        row("fastrl", 2.0, case=case, peak_mib=60.0),
+        row("trl", 1.0, case=case, peak_mib=50.0),  # ten MiB are not worth a word
+        row("liger", 3.0, case=case, peak_mib=5.0),
+        row("floor", 0.5, case=case, peak_mib=1.0, status="floor"),  # no implementation
+    ]
+    text = " ".join(readme.section({"a.json": document(rows)}).split())
+    assert "slower at: GRPO from hidden states, frozen head, 8 x 4 x 100 fp32 (trl is 2.0 times as fast)." in text
+    assert (
+        "more memory at: GRPO from hidden states, frozen head, 8 x 4 x 100 fp32 (liger 5.0 against 60.0 MiB)." in text
+    )
+
+
+def test_gpu_runs_bring_verdicts() -> None:
+    rows = [row("eager", 4.0), row("fastrl", 0.02, target="gae")]
+    text = readme.section({"a.json": document(rows, device="cuda")})
+    assert "an accelerator" in text and "No GPU figure" not in text
+    assert "| GAE, 512 x 8192 | >= 100x as fast as eager | 200.00x |" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "rows", "met"),
+    [
+        ("gae", [row("eager", 3.0), row("fastrl", 0.02)], [True, True]),
+        ("gae", [row("eager", 1.0), row("fastrl", 0.05)], [False, False]),
+        ("gae", [row("fastrl", 0.02)], [True, None]),
+        ("gae", [row("eager", 3.0), row("fastrl", None)], [None, None]),
+        ("score", [row("fastrl", 1.0, rate={"share": 0.91}), row("trl", 1.1)], [True, True]),
+        ("score", [row("fastrl", 1.0, rate={"share": 0.89}), row("trl", 0.9)], [False, False]),
+        ("score", [row("fastrl", 1.0, rate={"share": None}), row("trl", 1.1)], [None, True]),
+        ("logits", [row("fastrl", 1.19), row("floor", 1.0), row("liger", 1.7)], [True, True]),
+        ("logits", [row("fastrl", 1.21), row("floor", 1.0), row("liger", 1.6)], [False, False]),
+        ("realistic", [row("fastrl", 1.0), row("fastrl-dense", 1.79)], [False]),
+    ],
+)
+def test_verdicts(target: str, rows: list[dict[str, Any]], met: list[bool | None]) -> None:
+    found = list(targets.verdicts([r | {"target": target} for r in rows]))
+    assert [verdict.met for verdict in found] == met
+    assert all((verdict.found == "not measured") == (verdict.met is None) for verdict in found)
+
+
+def test_verdicts_pair_the_rounds() -> None:
+    """The median of ratios, not the ratio of medians: a slow phase hits both in the same round."""
+    ours = row("fastrl", 2.0) | {"ms": {"median": 2.0, "samples": [1.0, 2.0, 30.0]}}
+    theirs = row("trl", 6.0) | {"ms": {"median": 6.0, "samples": [3.0, 6.0, 30.0]}}
+    assert targets.ratio(ours, theirs) == 3.0
+
+
+def test_every_target_has_a_case_with_its_providers() -> None:
+    cases = suites.cases("targets", "cuda", quick=False)
+    assert {case.target for case in cases} == set(targets.TARGETS)
+    for case in cases:
+        target = targets.TARGETS[case.target]
+        assert set(target.faster) <= set(case.providers) <= set(target.providers), case.name
+        assert target.floor is None or case.providers["floor"].floor, case.name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_cases_are_unique_and_have_words(device: str) -> None:
+    """A worker process finds its case by name."""
+    names = [case.name for case in suites.cases("all", device, quick=False)]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("memory-") or readme.label(name) != name for name in names)
+
+
+def test_the_realistic_batch() -> None:
+    shape = Shape(64, 128, 50, 8)
+    batch = inputs.realistic_inputs(shape, False)
+    assert batch["mask"].float().mean() == pytest.approx(0.7, abs=0.01)
+    assert (batch["advantages"] == 0).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert "ref" not in batch
+    full = inputs.dense(batch)
+    assert full["mask"].all() and (full["advantages"] != 0).all()
+    tokens = batch["mask"].sum(-1)
+    live = tokens[batch["advantages"] != 0].sum().item()
+    assert hidden.realistic_flops(shape) == (2 * tokens.sum().item() + 4 * live) * 8 * 50
+
+
+def test_rounds_start_with_another_provider_each_time() -> None:
+    names = ["a", "b", "c"]
+    orders = [runner._rotated(names, i) for i in range(3)]
+    assert [order[0] for order in orders] == names and all(sorted(order) == names for order in orders)
+
+
+def options(budget: float | None) -> argparse.Namespace:
+    return argparse.Namespace(budget=budget, providers=["eager", "fastrl"], quick=True)
+
+
+def test_a_spent_budget_skips_with_a_note() -> None:
+    case = suites.cases("scan", "cpu", quick=True)[0]
+    rows = command._rows(case, options(3.0), {}, -0.1, 4, print)
+    assert [r["status"] for r in rows] == ["skipped", "skipped"]
+    assert all(r["reason"] == "the budget of 3 s was spent" and r["ms"] is None for r in rows)
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(math.inf, 12.0), (16.0, 2.0)])
+def test_a_budget_is_shared_by_the_cases_left(monkeypatch: pytest.MonkeyPatch, left: float, seconds: float) -> None:
+    seen = []
+    monkeypatch.setattr(runner, "run_case", lambda *arguments: seen.append(arguments[-1]) or [])
+    case: Case = suites.cases("scan", "cpu", quick=True)[0]
+    command._rows(case, options(None), {}, left, 4, print)
+    assert seen == [seconds]
+
+
+def test_growth_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    sizes = [(64, 32000), (128, 32000), (256, 32000), (64, 8000), (64, 64000)]
+    rows = [
+        row(provider, None, case=f"memory-logits-grpo-N{n}-V{v}", suite="memory", peak_mib=float(n * v))
+        | {"shape": {"rows": n, "vocab": v}}
+        for n, v in sizes
+        for provider in ("eager", "fastrl")
+    ]
+    at, curves = plots.curve(rows, "rows", "vocab")
+    assert at == 32000 and curves["fastrl"] == ([64, 128, 256], [64 * 32e3, 128 * 32e3, 256 * 32e3])
+    at, curves = plots.curve(rows, "vocab", "rows")
+    assert at == 64 and curves["eager"][0] == [8000, 32000, 64000]
+    assert [path.name for path in plots.draw(tmp_path / "run.json", rows, "title")] == ["run-growth.png"]
+    assert [path.name for path in plots.draw(tmp_path / "run.json", [row("fastrl", 1.0)], "title")] == ["run.png"]
+
+
+def test_the_memory_suite_spans_n_and_v() -> None:
+    for device in ("cpu", "cuda"):
+        shapes = [case.shape for case in suites.cases("memory", device, quick=False)]
+        assert max(s.rows for s in shapes) == 8 * min(s.rows for s in shapes)
+        assert max(s.vocab for s in shapes) >= 8 * min(s.vocab for s in shapes)
+    assert all(case.memory_only for case in suites.cases("memory", "cpu", quick=True))
+
+
+def test_floors_compute_what_their_names_say() -> None:
+    case = next(c for c in suites.cases("hidden", "cpu", quick=True) if "trainable" in c.name)
+    batch = case.make_inputs(case.shape, False)
+    out = case.providers["floor"].load(case.shape)(batch)
+    assert out["dweight"].shape == batch["weight"].shape and out["dhidden"].shape[-1] == case.shape.hidden
+    assert not torch.is_grad_enabled() or out["dweight"].grad_fn is None
