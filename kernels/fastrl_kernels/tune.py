@@ -48,7 +48,7 @@ def row_config(vocab_size: int, softcap: bool = False, warp_size: int = 0) -> Ro
 
 
 def token_config(by_sequence: bool = False) -> TokenConfig:
-    """Two tokens per thread: what compiles without spills; four times the threads for a program that takes a sequence."""
+    """Two tokens per thread: what compiles without spills; more threads for a program that takes a sequence."""
     return TokenConfig(block_n=1024, num_warps=16) if by_sequence else TokenConfig(block_n=256, num_warps=4)
 
 
