@@ -80,10 +80,21 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def _machines(documents: Documents, device: str) -> str:
+    """What the runs of one device were measured on; with several machines, which file is whose."""
+    runs: dict[str, list[str]] = {}
+    for name, document in documents.items():
+        machine = document["machine"]
+        what = machine["gpu"] if device != "cpu" else f"a CPU ({machine['cpu']}, {machine['cores']} cores)"
+        runs.setdefault(what, []).append(name)
+    if len(runs) == 1:
+        return next(iter(runs))
+    return " and on ".join(f"{what} for {', '.join(names)}" for what, names in runs.items())
+
+
 def _device(documents: Documents, device: str) -> Iterator[str]:
-    newest = list(documents.values())[-1]
-    machine, versions = newest["machine"], newest["versions"]
-    where = machine["gpu"] if device != "cpu" else f"a CPU ({machine['cpu']}, {machine['cores']} cores)"
+    versions = list(documents.values())[-1]["versions"]
+    where = _machines(documents, device)
     warning = ", where fastrl runs in plain torch: this says nothing of the kernels" if device == "cpu" else ""
     files = ", ".join(f"[`{name}`](bench/results/{name})" for name in documents)
     peers = ", ".join(f"{name} {versions[name]}" for name in ("torch", "trl", "liger", "verl") if versions.get(name))
