@@ -129,12 +129,13 @@ def _ptx_widths(ptx: str, build: Build) -> tuple[int, int]:
         pattern = rf"{kind}\.(?:\w+\.)?global(?:\.[A-Za-z0-9_:]+)*?(?:\.v(\d))?\.b(\d+)"
         return [int(v or 1) * int(bits) // 8 for v, bits in re.findall(pattern, text)]
 
-    return _width(build, widths("ld", loop), widths("ld", ptx)), _width(build, widths("st", loop), widths("st", ptx))
+    loads, stores = ((widths(kind, loop), widths(kind, ptx)) for kind in ("ld", "st"))
+    return _width(build, *loads), _width(build, *stores)
 
 
 def _width(build: Build, in_loops: list[int], everywhere: list[int]) -> int:
-    """The narrowest access in the loops. A kernel that takes its tile without a loop reads narrow numbers per row beside
-    it: there 16 if any access is that wide, which no number per row is, else the width by which most bytes move."""
+    """The narrowest access in the loops. A kernel that takes its tile without a loop reads narrow numbers per row
+    beside it: there 16 if any access is that wide, which no such number is, else the width by which most bytes move."""
     if not build.by_tile:
         return min(in_loops, default=0)
     return max(everywhere, key=lambda width: (width == 16, width * everywhere.count(width)), default=0)
@@ -150,6 +151,5 @@ def _gcn_widths(text: str, build: Build) -> tuple[int, int]:
         found = re.findall(rf"(?:global|buffer)_{kind}_(\w+?)(?:_d16\w*)?\s", text)
         return [width.get(name, 1) for name in found]
 
-    return _width(build, widths("load", loop), widths("load", text)), _width(
-        build, widths("store", loop), widths("store", text)
-    )
+    loads, stores = ((widths(kind, loop), widths(kind, text)) for kind in ("load", "store"))
+    return _width(build, *loads), _width(build, *stores)

@@ -1,8 +1,8 @@
 """One pass over the logits: statistics, objective, and the gradient. For losses whose coefficient at a token depends on
 that token's own row alone.
 
-Three schedules of the same arithmetic, with the same bits: a row per program (`_fused_kernel`), the tiles of few rows by
-programs of their own in three launches, and a row's tiles by programs that wait for each other (`ticket.py`)."""
+Three schedules of the same arithmetic, with the same bits: a row per program (`_fused_kernel`), the tiles of few rows
+by programs of their own in three launches, and a row's tiles by programs that wait for each other (`ticket.py`)."""
 
 from __future__ import annotations
 

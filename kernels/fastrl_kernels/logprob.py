@@ -100,7 +100,7 @@ def store_part(row_ptr, part_ptr, j, target, V, f, softcap, inner, BLOCK_V: tl.c
 
 @triton.jit
 def scores_of_parts(part_ptr, target, V, log_vocab, f, BLOCK_V: tl.constexpr, TILES: tl.constexpr):
-    """(m, log s, entropy, logp) of a row from what `store_part` left, past the first-level cache, which may be stale."""
+    """(m, log s, entropy, logp) of a row from what `store_part` left, past the first-level cache, which may be old."""
     lane = tl.arange(0, TILES)
     there = lane < tl.cdiv(V, BLOCK_V)
     ms = tl.load(part_ptr + lane, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -143,8 +143,8 @@ def _logprob_bwd_kernel(
     factor, softcap, inner,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a row per program, since nothing is added up: 2 bytes read and 2 written per logit (bf16); a tile of a
-    masked row, or of one whose cotangents are both zero, only writes its zeros."""
+    """One tile of a row per program, since nothing is added up: 2 bytes read and 2 written per logit (bf16); a tile of
+    a masked row, or of one whose cotangents are both zero, only writes its zeros."""
     tiles = tl.cdiv(V, BLOCK_V)
     pid = tl.program_id(0)
     i, start = (pid // tiles).to(tl.int64), pid % tiles * BLOCK_V

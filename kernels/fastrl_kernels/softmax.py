@@ -156,8 +156,8 @@ def with_target(u, m, s, q, k):
 
 @triton.jit
 def load_tile(row_ptr, start, target, V, softcap, inner, HINT: tl.constexpr, BLOCK_V: tl.constexpr):
-    """`others` of the tile at `start`; columns beyond the vocabulary are -inf. Without a mask where the tile is full, so
-    that its accesses are 16 bytes wide whatever V is."""
+    """`others` of the tile at `start`; columns beyond the vocabulary are -inf. Without a mask where the tile is full,
+    so that its accesses are 16 bytes wide whatever V is."""
     offs = start + tl.arange(0, BLOCK_V)
     if start + BLOCK_V <= V:
         x = tl.load(row_ptr + offs, eviction_policy=HINT)

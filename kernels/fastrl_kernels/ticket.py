@@ -1,5 +1,5 @@
-"""The one-pass loss with every logit read once: the tiles of a row lie in the registers of as many programs, which wait for
-each other between the statistics and the gradient."""
+"""The one-pass loss with every logit read once: the tiles of a row lie in the registers of as many programs, which wait
+for each other between the statistics and the gradient."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def tickets(use: bool) -> Iterator[None]:
 
 
 def takes_tickets(vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = False) -> bool:
-    """Whether rows of this vocabulary go by ticket. A row of one tile has nobody to wait for; the tiles of a row must be
-    resident together, one per multiprocessor at worst; the interpreter, which runs one program after another, would
+    """Whether rows of this vocabulary go by ticket. A row of one tile has nobody to wait for; the tiles of a row must
+    be resident together, one per multiprocessor at worst; the interpreter, which runs one program after another, would
     wait forever."""
     forced = _forced.get()
     if arch not in CHIPS or not (arch in WINS if forced is None else forced):
