@@ -17,6 +17,7 @@ from fastrl_kernels import fused, logprob, ticket, tune
 from fastrl_kernels.tune import CHIPS, RowConfig
 
 import fastrl
+from bench.cost import counted
 
 HAS_GPU = torch.cuda.is_available()
 SPECS = {
@@ -152,6 +153,26 @@ def test_one_pass_loss_in_place(monkeypatch, small_tiles, schedule, dtype):
     want = results(logits, rollouts, fastrl.GRPO)
     set_schedule(monkeypatch, few=schedule == "tiles", by_ticket=schedule == "tickets")
     equal(results(logits, rollouts, fastrl.GRPO, inplace=True), want)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts in the interpreter")
+def test_tickets_read_each_logit_once(monkeypatch, small_tiles):
+    """2 bytes read and 2 written per bf16 logit: the row per program reads all but its kept tile again."""
+    logits = torch.randn(2, 2, 160).bfloat16()
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    rollouts = fastrl.Rollouts(ids, None, torch.ones(2))
+
+    def cost(by_ticket):
+        """Bytes read of the logits, and bytes written of their gradient."""
+        set_schedule(monkeypatch, by_ticket=by_ticket)
+        with counted(half_only=True) as traffic:
+            results(logits, rollouts, fastrl.GRPO)
+        return traffic.issued["read"], traffic.issued["written"]
+
+    rows, target = 2 * logits.numel(), 2 * 4  # the target's logit is read once more
+    assert cost(by_ticket=True) == (rows + target, rows)
+    kept = 2 * 4 * 16
+    assert cost(by_ticket=False) == (2 * rows - kept + target, rows)
 
 
 def test_a_row_alone_and_in_a_batch(monkeypatch, small_tiles):

@@ -28,8 +28,8 @@ class Chip:
     cache_bytes: int
     """The last cache before the memory."""
     warp_size: int = 32
-    resident_threads: int = 1280
-    """Of one multiprocessor, by the 48 registers that a thread of the one-pass kernel takes."""
+    resident_threads: int = 1024
+    """Of one multiprocessor, by the 64 registers that a thread of the one-pass kernel takes."""
 
 
 CHIPS = {
