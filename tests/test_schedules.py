@@ -57,8 +57,13 @@ class InThreads:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        from triton.runtime.interpreter import GridExecutor
+        from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
+        # A function is rewritten on its first call, in the dictionary that other threads are reading.
+        for name in [name for name in sys.modules if name.startswith("fastrl_kernels.")]:
+            for value in [*vars(sys.modules[name]).values()]:
+                if isinstance(value, InterpretedFunction):
+                    value.rewrite()
         return GridExecutor(_Program(self.kernel.rewrite(), grid[0]), self.kernel.arg_names, grid)
 
 
