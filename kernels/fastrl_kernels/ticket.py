@@ -65,9 +65,9 @@ def _fused_ticket_kernel(
 ):  # fmt: skip
     """One tile of a row per program: 2 bytes read and 2 written per logit (bf16), 24 per tile beside them.
 
-    Programs take tickets from a counter instead of their place in the grid, so that whoever runs holds a smaller ticket
-    than whoever does not yet: the programs that a tile waits for are running or done, however the device orders the
-    grid. In place is safe, since no tile is written before all tiles of its row have been read.
+    Programs take tickets from a counter instead of their place in the grid, which the device may run in any order. The
+    tickets of a row are handed out before those of the next, and whoever is done leaves room for the next ticket: where
+    the tiles of one row fit the device together, a tile waits only for programs that run, or will be the next to. In place is safe, since no tile is written before all tiles of its row have been read.
     """
     tiles = tl.cdiv(V, BLOCK_V)
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
