@@ -67,7 +67,8 @@ def _fused_ticket_kernel(
 
     Programs take tickets from a counter instead of their place in the grid, which the device may run in any order. The
     tickets of a row are handed out before those of the next, and whoever is done leaves room for the next ticket: where
-    the tiles of one row fit the device together, a tile waits only for programs that run, or will be the next to. In place is safe, since no tile is written before all tiles of its row have been read.
+    the tiles of one row fit the device together, a tile waits only for programs that run, or will be the next to.
+    In place is safe, since no tile is written before all tiles of its row have been read.
     """
     tiles = tl.cdiv(V, BLOCK_V)
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
