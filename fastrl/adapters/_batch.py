@@ -47,7 +47,7 @@ def part_of_mean(metrics: Metrics, name: str, denominator: Any) -> Tensor:
     return metrics[name] * metrics["tokens"] / denominator
 
 
-def k1_bounds(low: float | None, high: float | None) -> dict[str, float | None]:
+def k1_bounds(low: float | None, high: float | None) -> dict[str, Any]:
     """Bounds on a ratio old / rollout (or its geometric mean, or product) as bounds on k1 = −log of it."""
     return {
         "reject_lower": None if high is None else -math.log(high),
