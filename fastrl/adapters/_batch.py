@@ -49,7 +49,9 @@ def part_of_mean(metrics: Metrics, name: str, denominator: Any) -> Tensor:
 
 def k1_bounds(low: float | None, high: float | None) -> dict[str, Any]:
     """Bounds on a ratio old / rollout (or its geometric mean, or product) as bounds on k1 = −log of it."""
+    if high is not None and high <= 0:
+        raise ValueError(f"upper bound on a ratio: expected a number > 0, got {high!r}; it would reject everything")
     return {
         "reject_lower": None if high is None else -math.log(high),
-        "reject_upper": None if low is None or low == 0 else -math.log(low),
+        "reject_upper": None if low is None or low <= 0 else -math.log(low),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -32,11 +33,16 @@ class Options:
     """Fields that are not honoured: the value that switches them off, and what to do instead."""
     own_loss: str = "use the framework's own loss"
     """The way out that every refusal ends with."""
+    scope: re.Pattern[str] | None = None
+    """For a namespace that holds a whole trainer: only names that are listed, or that this finds at their start, are
+    read; None = every name."""
 
     def read(self, config: Any) -> dict[str, Any]:
         """The honoured fields of `config`: a mapping, dataclass, pydantic model or namespace; None = the defaults."""
         given = {} if config is None else fields_of(config)
         for name, value in given.items():
+            if not self._of_the_loss(name):
+                continue
             if name in self.refused:
                 off, remedy = self.refused[name]
                 if value != off:
@@ -47,6 +53,10 @@ class Options:
                     f"install that version, remove the field, or {self.own_loss}"
                 )
         return {name: given.get(name, default) for name, default in self.honoured.items()}
+
+    def _of_the_loss(self, name: str) -> bool:
+        listed = name in self.honoured or name in self.refused
+        return listed or self.scope is None or self.scope.match(name) is not None
 
     def refuse(self, name: str, value: Any, remedy: str) -> NoReturn:
         """Raise ValueError: fastrl does not honour `value` for `name`."""

@@ -47,7 +47,6 @@ _REJECTION = dataclasses.replace(
     elsewhere=(),
     refused={},
 )
-_BATCH = {"teacher_logp": "train without a teacher", "episode_loss_weight": "use the mean over tokens"}
 
 
 def spec_from_arguments(arguments: dict[str, Any]) -> LossSpec:
@@ -116,17 +115,15 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
         ValueError: an argument or an input that is not honoured or not known, named.
     """
     spec = spec_from_arguments(arguments)
-    for name, remedy in _BATCH.items():
-        if input_data.get(name) is not None:
-            _ARGUMENTS.refuse(name, "given", remedy)
+    for name, value in input_data.items():
+        if value is not None and (name == "teacher_logp" or name.endswith("loss_weight")):
+            _ARGUMENTS.refuse(name, "a value", "train without a teacher and without loss weights")
     mask, advantages, behaviour = input_data["loss_mask"].bool(), input_data["advantages"], input_data["logprobs"]
     cu_seqlens = input_data.get("cu_seqlens") if logprobs.ndim == 1 else None
     if logprobs.ndim == 1 and cu_seqlens is None:
         if spec.by_sequence:
             _ARGUMENTS.refuse("cu_seqlens", None, "pass it with a 1-D batch")
         cu_seqlens = flat_offsets(logprobs)
-    if spec.ratio_level == "sequence":
-        advantages = sequence_means(advantages, mask, cu_seqlens)  # AReaL's advantage of a sequence
     proximal = input_data.get("prox_logp")
     if "reuse_train_logp" in str(arguments.get("prox_logp_method")):
         proximal = None
@@ -137,6 +134,9 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
     rollouts = Rollouts(
         no_ids(logprobs), mask, advantages, old_logps=proximal, rollout_logps=behaviour, cu_seqlens=cu_seqlens
     )
+    if spec.ratio_level == "sequence":  # AReaL's advantage of a sequence: the mean over what M2PO leaves of it
+        left = rollouts.corrected(spec).mask if spec.rollout is not None and spec.rollout.by_batch else mask
+        rollouts = dataclasses.replace(rollouts, advantages=sequence_means(advantages, left, cu_seqlens))
     out = policy_loss(logprobs, rollouts, spec, entropy=entropy.detach())
     _log(out.metrics)
     return out.loss

@@ -31,18 +31,7 @@ _ARGS = Options(
         "custom_tis_function_path": None, "use_opsm": False, "opsm_delta": 1e-4, "calculate_per_token_loss": False,
         "rollout_temperature": 1.0,
     },
-    elsewhere={
-        "loss_type", "custom_loss_function_path", "kl_coef", "value_clip", "gradient_accumulation_fusion",
-        "custom_advantage_function_path", "disable_compute_advantages_and_returns", "compute_advantages_and_returns",
-        "normalize_advantages", "recompute_loss_function", "rollout_temperature_eval", "eval_temperature", "clip_grad",
-        "use_rollout_entropy", "log_probs_chunk_size", "log_probs_max_tokens_per_gpu", "loss_scale",
-        "loss_scale_window", "initial_loss_scale", "min_loss_scale", "cross_entropy_loss_fusion",
-        "cross_entropy_fusion_impl", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type",
-        "mtp_loss_scaling_factor", "enable_mtp_training", "log_loss_scale_to_tensorboard", "score_centering_top_k",
-        "loss_mask_type", "check_for_nan_in_loss_and_grad", "opd_kl_coef", "check_for_spiky_loss",
-        "check_for_large_grads", "hysteresis", "calculate_per_token_loss_metrics", "qk_clip", "qk_clip_alpha",
-        "qk_clip_threshold", "qk_clip_balancing_eta", "activation_func_clamp_value", "moe_latent_size",
-    },
+    elsewhere={"kl_coef", "custom_loss_function_path"},
     refused={
         "custom_pg_loss_reducer_function_path": (None, "leave it None"),
         "get_mismatch_metrics": (False, "leave it off: fastrl reports its own"),
@@ -53,15 +42,17 @@ _ARGS = Options(
         "allgather_cp": (False, "leave it off"),
     },
     own_loss="use --loss-type policy_loss",
+    # of several hundred flags, those that can shape a policy loss
+    scope=re.compile(
+        "eps_|kl_|use_kl|use_unbiased|entropy_|tis_|use_tis|opsm_|use_opsm|pg_|use_pg|ppo_|gspo_|cispo_|sapo_|dual_clip"
+        "|loss_agg|custom_(tis|pg|loss)|score_centering$"
+    ),
 )  # fmt: skip
-_OF_THE_LOSS = re.compile(r"clip|loss|kl_|_kl|entropy|tis|opsm|advantage_est|pg_|centering|mismatch|reducer|logprobs$")
-"""Which of the several hundred flags can shape a loss: one of these that is not listed above is refused."""
 
 
 def spec_from_args(args: Any) -> tuple[LossSpec, dict[str, Any]]:
     """The `LossSpec` of slime's flags, and the flags; ValueError names what is not honoured."""
-    known = {*_ARGS.honoured, *_ARGS.refused}
-    f = _ARGS.read({name: x for name, x in vars(args).items() if name in known or _OF_THE_LOSS.search(name)})
+    f = _ARGS.read(args)
     by_sequence = f["advantage_estimator"] == "gspo"
     kinds = {None: None, "ppo": "ppo_clip", "reinforce": "reinforce"}
     objective = _ARGS.choose("pg_loss_type", f["pg_loss_type"], kinds)
@@ -155,12 +146,12 @@ def policy_loss_function(
 def _summed(logps: Tensor, entropy: Tensor, rollouts: Rollouts, spec: LossSpec, sums: Any) -> Tensor:
     """Σ over samples: in one call, or sample by sample where each has a denominator of its own."""
     if sums is None:
-        count = None if spec.aggregation == Aggregation.TOKEN_SUM else 1.0
-        return policy_loss(logps, rollouts, spec, entropy=entropy, normalizer=count).loss
+        whole = None if spec.aggregation == Aggregation.TOKEN_SUM else 1.0
+        return policy_loss(logps, rollouts, spec, entropy=entropy, normalizer=whole).loss
     spec = spec.replace(aggregation=Aggregation.TOKEN_MEAN)
     loss = logps.new_zeros(())
-    for part, count in zip(rollouts.split(rollouts.num_sequences), sums, strict=True):
+    for part, tokens in zip(rollouts.split(rollouts.num_sequences), sums, strict=True):
         rows = part.token_slice
-        count = count.clamp(min=1) if isinstance(count, Tensor) else max(float(count), 1.0)
+        count = tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(float(tokens), 1.0)
         loss = loss + policy_loss(logps[rows], part, spec, entropy=entropy[rows], normalizer=count).loss
     return loss

@@ -34,7 +34,7 @@ def gspo(x, b, low, high):
 
 
 def sapo(x, b, positive, negative):
-    tau = torch.where(b.advantages > 0, positive, negative)
+    tau = torch.where(b.advantages > 0, positive, torch.full_like(x, negative))
     return -b.advantages * 4 / tau * torch.sigmoid(tau * (ratio(x, b.old) - 1))
 
 
