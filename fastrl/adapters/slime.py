@@ -9,6 +9,7 @@ of (`rollout_mask_sums`). All flags that shape slime's policy_loss are read, or 
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -114,8 +115,8 @@ def policy_loss_function(
     spec, f = spec_from_args(args)
     lengths, totals = list(batch["response_lengths"]), list(batch["total_lengths"])
     device = logits.device
-    ends = offsets(totals, device)[1:].tolist()
-    rows = torch.cat([torch.arange(e - n - 1, e - 1, device=device) for e, n in zip(ends, lengths, strict=True)])
+    ends = zip(itertools.accumulate(totals), lengths, strict=True)
+    rows = torch.cat([torch.arange(end - n - 1, end - 1, device=device) for end, n in ends])
     tokens = torch.cat([t[-n:] if n else t[:0] for t, n in zip(batch["unconcat_tokens"], lengths, strict=True)])
     ids = torch.zeros(logits.shape[1], dtype=torch.long, device=device).index_copy(0, rows, tokens.long())
     scored = torch.zeros(logits.shape[1], dtype=torch.bool, device=device).index_fill(0, rows, True)
