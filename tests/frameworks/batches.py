@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LENGTHS = (7, 4, 0, 6)  # one sequence without a token that counts
+DRIFTS = (0.06, -0.01, 0.0, -0.08)  # mean log-ratio of a sequence: beyond, within, beyond a sequence-level clip range
 
 
 class Scored(NamedTuple):
@@ -32,13 +33,14 @@ def scored(seed: int = 0, spread: float = 0.5) -> Scored:
     def noise(scale: float) -> Tensor:
         return scale * torch.randn(4, 7, generator=g, dtype=torch.float64)
 
-    old = -noise(1.0).abs() - 0.05
+    old = -noise(1.0).abs() - 1.2
     mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
     mask[0, 2] = False
     advantages = torch.tensor([1.1, -0.8, 0.7, -0.3], dtype=torch.float64)[:, None] + noise(0.3)
     advantages[3, 1] = 0.0
-    logps = (old + noise(spread)).clamp(max=-1e-3)
-    return Scored(logps, old, old + noise(0.4), old + noise(0.2), advantages, mask)
+    apart = noise(spread)
+    apart = apart - sequence_mean(apart, mask) + torch.tensor(DRIFTS, dtype=torch.float64)[:, None]
+    return Scored(old + apart, old, old + noise(0.4), old + noise(0.2), advantages, mask)
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:

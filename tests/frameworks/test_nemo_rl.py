@@ -124,7 +124,7 @@ CASES = {
     "gspo": {**OFF, **GSPO},
     "gspo-is": {**OFF, **GSPO, **IS},
     "gspo-tis": {**OFF, **GSPO, **tis("tis", None, 1.02)},
-    "gspo-icepop": {**OFF, **GSPO, **tis("icepop", 0.9, 1.2)},
+    "gspo-icepop": {**OFF, **GSPO, **tis("icepop", 0.3, 1.02)},
     "cispo": {**OFF, "use_cispo": True, "ratio_clip_min": 0.3},
     "reinforce": {**OFF, "disable_ppo_ratio": True},
     "reinforce-is": {**OFF, "disable_ppo_ratio": True, **IS},
