@@ -9,6 +9,7 @@ of (`rollout_mask_sums`). All flags that shape slime's policy_loss are read, or 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.adapters._batch import offsets
+from fastrl.adapters._batch import no_ids, offsets
 from fastrl.adapters._config import Options
 from fastrl.functional import logprobs_from_logits, policy_loss
 from fastrl.rollout_correction import RolloutCorrection
@@ -30,7 +31,7 @@ _ARGS = Options(
         "use_kl_loss": False, "kl_loss_coef": 0.0, "kl_loss_type": "k1", "use_unbiased_kl": False, "entropy_coef": 0.0,
         "use_rollout_logprobs": False, "use_tis": False, "tis_clip": 2.0, "tis_clip_low": 0.0,
         "custom_tis_function_path": None, "use_opsm": False, "opsm_delta": 1e-4, "calculate_per_token_loss": False,
-        "rollout_temperature": 1.0,
+        "rollout_temperature": 1.0, "tensor_model_parallel_size": 1,
     },
     elsewhere={"kl_coef", "custom_loss_function_path"},
     refused={
@@ -39,7 +40,6 @@ _ARGS = Options(
         "use_score_centering": (False, "leave it off"),
         "rollout_top_p": (1.0, "sample with top-p 1"),
         "context_parallel_size": (1, "train without context parallelism"),
-        "tensor_model_parallel_size": (1, "train without tensor parallelism of the vocabulary"),
         "allgather_cp": (False, "leave it off"),
     },
     own_loss="use --loss-type policy_loss",
@@ -110,31 +110,28 @@ def policy_loss_function(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """slime's custom loss: logits (1, T, V) of whole sequences end to end -> (loss, metrics).
 
+    With a vocabulary split over tensor-parallel ranks the log-probs and entropies are slime's own.
+
     Metrics, reduced by `sum_of_sample_mean` as slime's are: loss, entropy_loss, ppo_kl.
+
+    Raises:
+        ValueError: a flag that is not honoured or not known, named.
     """
     spec, f = spec_from_args(args)
-    lengths, totals = list(batch["response_lengths"]), list(batch["total_lengths"])
-    device = logits.device
-    ends = zip(itertools.accumulate(totals), lengths, strict=True)
-    rows = torch.cat([torch.arange(end - n - 1, end - 1, device=device) for end, n in ends])
-    tokens = torch.cat([t[-n:] if n else t[:0] for t, n in zip(batch["unconcat_tokens"], lengths, strict=True)])
-    ids = torch.zeros(logits.shape[1], dtype=torch.long, device=device).index_copy(0, rows, tokens.long())
-    scored = torch.zeros(logits.shape[1], dtype=torch.bool, device=device).index_fill(0, rows, True)
-    every = logprobs_from_logits(logits[0], ids, temperature=f["rollout_temperature"], mask=scored)
-    logps, entropy = every.logps[rows], every.entropy[rows]
+    logps, entropy = _scores(args, f, batch, logits)
 
     def joined(name: str) -> Tensor | None:
         return torch.cat(list(batch[name])) if batch.get(name) else None
 
     old = joined("rollout_log_probs" if f["use_rollout_logprobs"] else "log_probs")
     rollouts = Rollouts(
-        tokens,
+        no_ids(logps),
         joined("loss_masks"),
         torch.cat(list(batch["advantages"])),
         old_logps=old,
         ref_logps=joined("ref_log_probs") if f["use_kl_loss"] else None,
         rollout_logps=joined("rollout_log_probs") if spec.rollout is not None else None,
-        cu_seqlens=offsets(lengths, device),
+        cu_seqlens=offsets(batch["response_lengths"], logits.device),
     )
     sums = None if f["calculate_per_token_loss"] else batch.get("rollout_mask_sums")
     loss = _summed(logps, entropy, rollouts, spec, sums)
@@ -142,6 +139,23 @@ def policy_loss_function(
         apart = torch.zeros_like(logps) if old is None else old - logps
         metrics = {"entropy_loss": sum_of_sample_mean(entropy), "ppo_kl": sum_of_sample_mean(apart)}
     return loss, {"loss": loss.detach(), **metrics}
+
+
+def _scores(args: Any, f: dict[str, Any], batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) log-probs and entropies of all response tokens, end to end."""
+    lengths, totals, tokens = (list(batch[name]) for name in ("response_lengths", "total_lengths", "unconcat_tokens"))
+    if f["tensor_model_parallel_size"] > 1:
+        theirs = importlib.import_module("slime.backends.megatron_utils.loss").get_log_probs_and_entropy
+        sizes = {"unconcat_tokens": tokens, "total_lengths": totals, "response_lengths": lengths}
+        _, scores = theirs(logits, args=args, **sizes, with_entropy=True)
+        return torch.cat(scores["log_probs"]), torch.cat(scores["entropy"])
+    ends = zip(itertools.accumulate(totals), lengths, strict=True)
+    rows = torch.cat([torch.arange(end - n - 1, end - 1, device=logits.device) for end, n in ends])
+    answers = torch.cat([t[len(t) - n :] for t, n in zip(tokens, lengths, strict=True)]).long()
+    ids = answers.new_zeros(logits.shape[1]).index_copy(0, rows, answers)
+    mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, rows, True)
+    every = logprobs_from_logits(logits[0], ids, temperature=f["rollout_temperature"], mask=mask)
+    return every.logps[rows], every.entropy[rows]
 
 
 def _summed(logps: Tensor, entropy: Tensor, rollouts: Rollouts, spec: LossSpec, sums: Any) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -154,6 +156,33 @@ def test_same_loss_and_gradient(name, denominators):
     )
 
 
+def test_a_split_vocabulary_is_scored_by_slime(monkeypatch):
+    """With tensor parallelism the logits that a rank holds are part of a row: slime's own function scores them."""
+    batch, logits = batch_of()
+    reduce = reducer(batch, False)
+    flags = {"entropy_coef": 0.1, "rollout_temperature": 0.8}
+
+    def get_log_probs_and_entropy(shard, *, args, unconcat_tokens, total_lengths, response_lengths, with_entropy):
+        assert with_entropy and args.tensor_model_parallel_size == 2 and shard.shape[-1] == 7
+        z, out, end = torch.cat([shard, logits[..., 7:]], -1)[0] / args.rollout_temperature, {}, 0
+        for tokens, total, response in zip(unconcat_tokens, total_lengths, response_lengths, strict=True):
+            end += total
+            rows = z[end - response - 1 : end - 1].log_softmax(-1)
+            out.setdefault("log_probs", []).append(rows.gather(-1, tokens[total - response :, None]).squeeze(-1))
+            out.setdefault("entropy", []).append(-(rows.exp() * rows).sum(-1))
+        return torch.empty(0), out
+
+    module = ModuleType("loss")
+    module.get_log_probs_and_entropy = get_log_probs_and_entropy
+    monkeypatch.setitem(sys.modules, "slime.backends.megatron_utils.loss", module)
+    args = args_of(**{**flags, "tensor_model_parallel_size": 2})
+    assert_same(
+        lambda z: policy_loss_function(args, batch, z, reduce)[0],
+        lambda z: transcribed(torch.cat([z, logits[..., 7:]], -1), batch, **flags),
+        logits[..., :7],
+    )
+
+
 def test_without_old_log_probs_the_ratio_is_one():
     batch, logits = batch_of()
     batch["log_probs"] = []
@@ -200,7 +229,6 @@ def test_metrics_are_reduced_by_slimes_reducer():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size"),
         ({"context_parallel_size": 2}, "context_parallel_size"),
         ({"custom_pg_loss_reducer_function_path": "a.b"}, "custom_pg_loss_reducer_function_path"),
         ({"use_tis": True, "custom_tis_function_path": "mine.weights"}, "custom_tis_function_path"),
