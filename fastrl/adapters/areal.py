@@ -116,7 +116,7 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
     """
     spec = spec_from_arguments(arguments)
     for name, value in input_data.items():
-        if value is not None and (name == "teacher_logp" or name.endswith("loss_weight")):
+        if value is not None and (name == "teacher_logp" or "loss_weight" in name):
             _ARGUMENTS.refuse(name, "a value", "train without a teacher and without loss weights")
     mask, advantages, behaviour = input_data["loss_mask"].bool(), input_data["advantages"], input_data["logprobs"]
     cu_seqlens = input_data.get("cu_seqlens") if logprobs.ndim == 1 else None

@@ -86,7 +86,10 @@ def skyrl() -> types.SimpleNamespace:
         "Algorithm",
     )
     config = execute("skyrl/train/config/config.py", names, {f"{name}Config" for name in parts}.__contains__)
-    return types.SimpleNamespace(**ours, config=types.SimpleNamespace(**config))
+    names["ray"] = types.SimpleNamespace(is_initialized=lambda: False)  # the registry is then local
+    registries = {"BaseFunctionRegistry", "PolicyLossRegistry"}
+    registry = execute(f"{folder}/ppo_utils.py", names, registries.__contains__)["PolicyLossRegistry"]
+    return types.SimpleNamespace(**ours, PolicyLossRegistry=registry, config=types.SimpleNamespace(**config))
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def test_refused_by_name(arguments, named):
     ("change", "named"),
     [
         ({"teacher_logp": torch.zeros(3)}, "teacher_logp"),
-        ({"episode_loss_weight": torch.zeros(3)}, "episode_loss_weight"),
+        ({"episode_loss_weights": torch.zeros(3)}, "episode_loss_weights"),
         ({"prox_logp": None}, "prox_logp"),
     ],
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,6 +68,24 @@ def test_skyrl(loss_type, correction):
     for name in set(want) & set(got):
         assert got[name] == pytest.approx(want[name], rel=1e-5), name
     assert loss_type in ("sapo", "importance_sampling", "clip_cov", "kl_cov") or set(want) & set(got)
+
+
+def test_skyrls_registry_takes_our_losses(monkeypatch):
+    """Under their names, once, and in a form that SkyRL can send to its workers."""
+    registry = real.skyrl().PolicyLossRegistry
+    module = ModuleType("ppo_utils")
+    module.PolicyLossRegistry = registry
+    monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils.ppo_utils", module)
+    names = skyrl.register()
+    assert set(names) <= set(registry.list_available())
+    with pytest.raises(ValueError, match="already registered"):
+        skyrl.register()
+    b, cfg = scored(), real.skyrl().config.AlgorithmConfig()
+    sent = pickle.loads(pickle.dumps(registry.get("fastrl_sapo")))
+    want = skyrl.policy_loss_fn(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout, loss_type="sapo")[0]
+    assert torch.equal(sent(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout)[0], want)
+    for name in names:
+        registry.unregister(name)
 
 
 def test_every_field_of_skyrls_config_is_known():
