@@ -63,13 +63,17 @@ def kl_penalty(x: Tensor, ratio: Tensor, spec: LossSpec) -> Tensor:
 
 
 @functools.cache
-def kl_objective(estimator: str = KLEstimator.K3, clamp: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def kl_objective(
+    estimator: str = KLEstimator.K3, clamp: float | None = None, *, weighted: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The KL as a loss of its own: `LossSpec(objective=kl_objective(...))` with the reference as `old_logps`.
 
     ℓ = hold(w·k(x), ±clamp) with x = logp − ref, held to ±`log_ratio_clamp`, and w = exp(x − sg x), which is 1: the
     estimator's value, and on policy the gradient of the exact KL, that of the sampling probability included (k3: x,
-    Tang & Munos 2025, arXiv:2506.09477). Zero gradient where a bound bites, that of w too (NeMo-RL). The advantages
-    are not read.
+    Tang & Munos 2025, arXiv:2506.09477). Zero gradient where a bound bites, that of w too (NeMo-RL).
+
+    weighted: w = π/π_behaviour instead, for samples of another policy; pass ref − behaviour log-probs as `advantages`,
+    which are not read otherwise.
 
     Raises:
         ValueError: an unknown estimator.
@@ -77,6 +81,7 @@ def kl_objective(estimator: str = KLEstimator.K3, clamp: float | None = None) ->
     estimate = KL_ESTIMATORS[option(KLEstimator, estimator, "estimator")]
 
     def objective(x: Tensor, advantages: Tensor) -> Tensor:
-        return hold((x - x.detach()).exp() * estimate(x), clamp)
+        weight = (x + advantages if weighted else x - x.detach()).exp()
+        return hold(weight * estimate(x), clamp)
 
     return objective

@@ -50,6 +50,17 @@ def test_both_bounds_take_the_gradient_of_the_weight_too():
     torch.testing.assert_close(slope, torch.where(X.abs() > 1, 0.0, X**2 / 2 + X))
 
 
+def test_weights_of_another_policy():
+    """w = π/π_behaviour from the advantages, ref − behaviour: d(w·k)/dlogp = w·(k + k')."""
+    behind = torch.tensor([0.4, -0.3, 0.1, 0.0, -0.2], dtype=torch.float64)
+    x = X.clone().requires_grad_()
+    loss = kl_objective("k3", weighted=True)(x, behind).sum()
+    loss.backward()
+    weight, k3 = (X + behind).exp(), (-X).exp() - 1 + X
+    torch.testing.assert_close(loss.detach(), (weight * k3).sum())
+    torch.testing.assert_close(x.grad, weight * X)
+
+
 def test_one_function_per_setting():
     """Specs with the same penalty are equal."""
     assert kl_objective("k3", 10.0) is kl_objective("k3", 10.0)

@@ -20,11 +20,9 @@ _CONFIG = Options(
         "use_kl_in_reward": False, "use_importance_sampling_correction": False,
         "truncated_importance_sampling_type": None, "truncated_importance_sampling_ratio": None,
         "truncated_importance_sampling_ratio_min": None, "force_on_policy_ratio": False, "use_cispo": False,
+        "use_on_policy_kl_approximation": False,
     },
-    refused={
-        "use_on_policy_kl_approximation": (False, "set it to False (the weight is then that of the policy itself)"),
-        "positive_example_nll_weight": (0.0, "set it to 0.0"),
-    },
+    refused={"positive_example_nll_weight": (0.0, "set it to 0.0")},
     own_loss="use nemo_rl.algorithms.loss.loss_functions.ClippedPGLossFn",
 )  # fmt: skip
 
@@ -68,7 +66,7 @@ def penalty_spec(f: dict[str, Any]) -> LossSpec | None:
     estimators = {"k1": "k1", "k2": "k2", "k3": "k3"}
     estimator = _CONFIG.choose("reference_policy_kl_type", f["reference_policy_kl_type"], estimators)
     return LossSpec(
-        objective=kl_objective(estimator, f["kl_output_clamp_value"]),
+        objective=kl_objective(estimator, f["kl_output_clamp_value"], weighted=f["use_on_policy_kl_approximation"]),
         log_ratio_clamp=f["kl_input_clamp_value"],
         aggregation=_aggregation(f),
     )

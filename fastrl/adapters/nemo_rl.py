@@ -94,7 +94,8 @@ class ClippedPGLossFn:
         ):  # over all tokens, also those that a top-k or top-p filter took from the policy term
             whole = data.get("curr_logprobs_unfiltered", next_token_logprobs)
             reference = data["reference_policy_logprobs"][:, 1:]
-            pairs = Rollouts(no_ids(whole), mask, torch.ones_like(reference), old_logps=reference)
+            weights = (reference - generated).nan_to_num(nan=-torch.inf)  # read by the on-policy approximation alone
+            pairs = Rollouts(no_ids(whole), mask, weights, old_logps=reference)
             kl = policy_loss(whole, pairs, self.penalty, normalizer=count).loss
             loss = loss + self.fields["reference_policy_kl_penalty"] * kl
             penalty = kl.item()

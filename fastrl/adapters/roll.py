@@ -9,6 +9,7 @@ entropies come from its strategy, which knows the parallelism.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -68,9 +69,18 @@ def _rollouts(worker: Any, data: Any, logps: Tensor, mask: Tensor, spec: LossSpe
     )
 
 
+def _worker_class(base: Any) -> Any:
+    @functools.wraps(base.initialize)  # with the attributes by which ROLL dispatches it
+    def initialize(self: Any, pipeline_config: Any) -> Any:
+        spec_from_config(pipeline_config, getattr(self, "worker_config", None))  # refuses before a model is loaded
+        return base.initialize(self, pipeline_config)
+
+    methods = {"loss_func": loss_func, "initialize": initialize, "__module__": __name__}
+    return type("ActorWorker", (base,), methods)
+
+
 def __getattr__(name: str) -> Any:
     if name != "ActorWorker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base = importlib.import_module("roll.pipeline.rlvr.actor_worker").ActorWorker
-    globals()[name] = type(name, (base,), {"loss_func": loss_func, "__module__": __name__})
+    globals()[name] = _worker_class(importlib.import_module("roll.pipeline.rlvr.actor_worker").ActorWorker)
     return globals()[name]

@@ -1,6 +1,6 @@
 """SkyRL 0.4: its policy losses under `fastrl_*`, with its signature and its `AlgorithmConfig`.
 
-    fastrl.adapters.skyrl.register()          # once, before the trainer is built
+    fastrl.adapters.skyrl.register(cfg.trainer.algorithm)      # once, before the trainer is built
     algorithm.policy_loss_type = "fastrl_gspo"
 
 SkyRL folds the loss reduction into the advantages of the mini-batch, so every loss is the plain sum over the mask; KL
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrl.adapters._batch import no_ids
-from fastrl.adapters._config import check_version
+from fastrl.adapters._config import check_version, fields_of
 from fastrl.adapters._skyrl_config import ALGORITHM, mapped
 from fastrl.functional import policy_loss
 from fastrl.metrics import Metrics
@@ -75,9 +75,18 @@ def _metrics(metrics: Metrics, loss_type: str) -> dict[str, float]:
     return named
 
 
-def register() -> tuple[str, ...]:
-    """Register every loss of `TYPES` with SkyRL's `PolicyLossRegistry`; returns their names."""
+def register(algorithm: Any = None) -> tuple[str, ...]:
+    """Register every loss of `TYPES` with SkyRL's `PolicyLossRegistry`; returns their names.
+
+    With SkyRL's `AlgorithmConfig`, what its policy_loss_type does not honour raises here, before training starts.
+
+    Raises:
+        ValueError: a field that is not honoured or not known, named.
+    """
     check_version("skyrl", "0.3", "0.5")
+    chosen = "" if algorithm is None else str(fields_of(algorithm).get("policy_loss_type"))
+    if chosen.startswith("fastrl_"):
+        mapped(chosen.removeprefix("fastrl_"), algorithm)
     registry = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils").PolicyLossRegistry
     names = tuple(f"fastrl_{loss_type}" for loss_type in TYPES)
     for name, loss_type in zip(names, TYPES, strict=True):

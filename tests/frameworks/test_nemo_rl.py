@@ -80,13 +80,14 @@ def transcribed(f, x, data, sequences, tokens):
     coef = f.get("reference_policy_kl_penalty", 0.01)
     if coef and not f.get("use_kl_in_reward"):
         whole = data.get("curr_logprobs_unfiltered", x)
-        total = total + coef * reduce(kl_of(f, whole, data["reference_policy_logprobs"][:, 1:]), full_mask)
+        total = total + coef * reduce(kl_of(f, whole, data["reference_policy_logprobs"][:, 1:], gen), full_mask)
     return total
 
 
-def kl_of(f, x, ref):
+def kl_of(f, x, ref, gen):
     log_ratio = ref - x
-    weight = (x - x.detach()).exp()
+    behaviour = gen if f.get("use_on_policy_kl_approximation") else x.detach()
+    weight = (x - behaviour).exp().nan_to_num(nan=0.0, posinf=0.0)
     bound = f.get("kl_input_clamp_value", 20.0)
     if bound is not None:
         held = log_ratio.clamp(-bound, bound)
@@ -116,6 +117,7 @@ def tis(kind, low, high):
     }
 
 
+APPROXIMATION = {"reference_policy_kl_penalty": 0.5, "use_on_policy_kl_approximation": True}
 CASES = {
     "default": {},
     "clip-higher": {**OFF, "ratio_clip_max": 0.5},
@@ -142,6 +144,9 @@ CASES = {
     "kl-unbounded": {
         "reference_policy_kl_penalty": 0.5, "kl_input_clamp_value": None, "kl_output_clamp_value": None
     },
+    "kl-on-policy-k1": {**APPROXIMATION, "reference_policy_kl_type": "k1"},
+    "kl-on-policy-k2": {**APPROXIMATION, "reference_policy_kl_type": "k2"},
+    "kl-on-policy-bounds": {**APPROXIMATION, "kl_output_clamp_value": 0.1},
     "kl-sequence": {"reference_policy_kl_penalty": 0.5, **GSPO, **IS},
     "kl-in-reward": {"reference_policy_kl_penalty": 0.5, "use_kl_in_reward": True},
 }  # fmt: skip
@@ -198,7 +203,7 @@ def test_metrics():
         "probs_ratio": masked_mean(ratio, mask, 29),
         "probs_ratio_min": ratio[mask > 0].min(),
         "probs_ratio_max": ratio[mask > 0].max(),
-        "kl_penalty": masked_mean(kl_of(f, b.logps, b.ref), mask, 29),
+        "kl_penalty": masked_mean(kl_of(f, b.logps, b.ref, b.rollout), mask, 29),
         "token_mult_prob_error": masked_mean((b.rollout - b.old).abs().exp(), mask, 29),
         "sampling_importance_ratio": masked_mean(weight * inside, mask, 29),
         "is_oob_ratio": masked_mean((~inside).double(), mask, 29),
@@ -226,12 +231,17 @@ def test_filtered_tokens_leave_the_policy_term_only():
     assert_same(lambda x: call(f, x, same(x))[0], lambda x: transcribed(f, x, same(x), 5, 29), b.logps, rtol=1e-7)
 
 
-def test_a_token_without_a_generation_log_prob_is_dropped():
-    f, b = {**OFF, **IS}, scored(seed=1)
+@pytest.mark.parametrize("f", [{**OFF, **IS}, {**IS, **APPROXIMATION}], ids=["weights", "kl"])
+def test_a_token_without_a_generation_log_prob_is_dropped(f):
+    b = scored(seed=1)
     data = data_of(b)
     data["generation_logprobs"][0, 1] = torch.nan
-    seen = {**data, "token_mask": data["token_mask"].clone()}
-    seen["token_mask"][0, 1] = 0
+    seen = {
+        **data,
+        "token_mask": data["token_mask"].clone(),
+        "generation_logprobs": data["generation_logprobs"].clone(),
+    }
+    seen["token_mask"][0, 1] = seen["generation_logprobs"][0, 1] = 0
     assert b.mask[0, 0]
     assert_same(lambda x: call(f, x, data)[0], lambda x: transcribed(f, x, seen, 5, 29), b.logps, rtol=1e-7)
 
@@ -239,7 +249,6 @@ def test_a_token_without_a_generation_log_prob_is_dropped():
 @pytest.mark.parametrize(
     ("f", "named"),
     [
-        ({"use_on_policy_kl_approximation": True}, "use_on_policy_kl_approximation"),
         ({"positive_example_nll_weight": 0.1}, "positive_example_nll_weight"),
         ({"kl_schedule": "cosine"}, "kl_schedule"),
         ({"reference_policy_kl_type": "abs"}, "reference_policy_kl_type"),

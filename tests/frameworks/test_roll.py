@@ -272,6 +272,13 @@ def test_the_worker_class(monkeypatch):
     """`fastrl.adapters.roll.ActorWorker` is ROLL's, with this loss."""
 
     class ActorWorker:
+        worker_config = SimpleNamespace(pg_variant="cispo")
+
+        def initialize(self, pipeline_config):
+            self.pipeline_config = pipeline_config
+
+        initialize.dispatched = "ONE_TO_ALL"  # as ROLL's decorator marks it
+
         def train_step(self):
             return "ROLL's"
 
@@ -282,6 +289,12 @@ def test_the_worker_class(monkeypatch):
     try:
         assert issubclass(ours, ActorWorker) and ours.loss_func is roll.loss_func
         assert ours.train_step(None) == "ROLL's" and ours.__module__ == "fastrl.adapters.roll"
+        assert ours.initialize.dispatched == "ONE_TO_ALL"
+        worker = ours()
+        worker.initialize({"pg_clip": 0.1})
+        assert worker.pipeline_config == {"pg_clip": 0.1}
+        with pytest.raises(ValueError, match="^rl_loss_coef: "):
+            ours().initialize({"rl_loss_coef": 0.5})
     finally:
         del roll.__dict__["ActorWorker"]
     with pytest.raises(AttributeError, match="CriticWorker"):

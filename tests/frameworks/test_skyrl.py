@@ -278,7 +278,11 @@ def test_register(monkeypatch):
     module = ModuleType("ppo_utils")
     module.PolicyLossRegistry = SimpleNamespace(register=table.__setitem__)
     monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils.ppo_utils", module)
-    names = skyrl.register()
+    for refused in ({"policy_loss_type": "fastrl_topr"}, {"policy_loss_type": "fastrl_gspo", "use_tis": True}):
+        with pytest.raises(ValueError, match="^(policy_loss_type|use_tis): "):
+            skyrl.register(refused)
+    assert not table
+    names = skyrl.register({"policy_loss_type": "fastrl_gspo"})
     assert set(names) == set(table) == {f"fastrl_{name}" for name in skyrl.TYPES}
     b = scored()
     loss, _ = table["fastrl_dual_clip"](b.logps, b.old, b.advantages, config=config(), loss_mask=b.mask)
