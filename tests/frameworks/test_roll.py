@@ -181,8 +181,6 @@ def both(b, data, pipeline, worker):
 def test_same_loss_and_gradient(name, mode):
     pipeline, worker = CASES[name]
     pipeline = {**pipeline, "loss_agg_mode": mode}
-    if pipeline.get("train_infer_correction", {}).get("is_weight", {}).get("upper_bound", 0) is None:
-        pipeline["train_infer_correction"]["is_weight"]["upper_bound"] = None
     b = scored(seed=1)
     data = data_of(b)
     ours, theirs = both(b, data, pipeline, worker)
