@@ -118,8 +118,8 @@ def hidden_gradient(sparse: SparseRows, weight: Tensor, rows: Tensor, dhidden: T
 def weight_gradient(
     sparse: SparseRows, hidden: Tensor, dweight: Tensor | None, dbias: Tensor | None, first: bool
 ) -> None:
-    """dweight[v] += Σ g·hidden[row], dbias[v] += Σ g over the entries of column v, sorted by column; `first`: dweight has
-    nothing in it yet. Off a CPU a second dweight exists meanwhile."""
+    """dweight[v] += Σ g·hidden[row], dbias[v] += Σ g over the entries of column v, sorted by column; `first`: dweight
+    has nothing in it yet. Off a CPU a second dweight exists meanwhile."""
     like = dbias if dweight is None else dweight
     vocab, capacity = like.shape[0], sparse.columns.shape[1]
     columns, order = sparse.columns.flatten().sort(stable=True)
