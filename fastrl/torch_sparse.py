@@ -45,7 +45,7 @@ def sparsify(
         dropped[here] = p.masked_fill_(keep, 0).sum(1).masked_fill(over | ~live[here], 0)
         counts[here] = counts[here].masked_fill(over, capacity + 1)
         keep &= ~over[:, None]
-        _list_columns(keep, out.columns[here])
+        (list_by_search if keep.device.type == "cpu" else list_by_position)(keep, out.columns[here])
     kept.number[tokens], kept.dropped[tokens] = counts, dropped
     _differentiate_kept(logits, scoring, scores, dlogp, dentropy, out)
 
@@ -65,20 +65,21 @@ def _probabilities(logits: Tensor, scoring: Scoring, scores: RowScores, tokens: 
     return (u - scores.row_max[tokens, None]).mul_(factor).sub_(scores.log_sum[tokens, None]).exp_()
 
 
-def _list_columns(keep: Tensor, columns: Tensor) -> None:
+def list_by_search(keep: Tensor, columns: Tensor) -> None:
     """Write the set columns of every row, in order, into its list; the rest of the list becomes V."""
+    columns.fill_(keep.shape[1])
+    rows, found = keep.nonzero().unbind(1)
+    counts = keep.sum(1)
+    place = torch.arange(rows.shape[0], device=keep.device) - (counts.cumsum(0) - counts)[rows]
+    columns[rows, place] = found.to(columns.dtype)
+
+
+def list_by_position(keep: Tensor, columns: Tensor) -> None:
+    """The same without waiting for the device: what is not kept goes to one place more, which is dropped."""
     vocab, capacity = keep.shape[1], columns.shape[1]
-    columns.fill_(vocab)
-    if keep.device.type == "cpu":
-        rows, found = keep.nonzero().unbind(1)
-        counts = keep.sum(1)
-        place = torch.arange(rows.shape[0]) - (counts.cumsum(0) - counts)[rows]
-        columns[rows, place] = found.to(columns.dtype)
-        return
-    # Elsewhere without waiting for the device: what is not kept goes to one place more, which is dropped.
     place = (keep.cumsum(1, dtype=torch.int32) - 1).masked_fill_(~keep, capacity)
     every = torch.arange(vocab, dtype=columns.dtype, device=keep.device).expand_as(place)
-    longer = F.pad(columns, (0, 1))
+    longer = torch.full((keep.shape[0], capacity + 1), vocab, dtype=columns.dtype, device=keep.device)
     columns.copy_(longer.scatter_(1, place.long(), every)[:, :capacity])
 
 
