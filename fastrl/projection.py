@@ -15,7 +15,7 @@ from fastrl.rows import SparseRows
 
 _TILE_BYTES = 2**24  # of the head's weight held in a wider dtype where the library cannot widen by itself
 _PLACE_BYTES = 32  # of one place in a row's list: column and gradient, and both again while they are sorted
-_FEWEST_ROWS = 8  # below it a CPU's library sums a row in another order
+_ROWS_AT_ONCE = 64  # a CPU's library sums a row in an order that depends on how many there are: always as many
 
 
 class HiddenOptions(NamedTuple):
@@ -188,20 +188,19 @@ def _add_outer(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> Non
 def _widening_product(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """out ← hidden @ weightᵀ + bias with fp32 sums of half-precision products, rounded nowhere.
 
-    Without a library that does so, by tiles of the vocabulary: the head never exists in fp32 as a whole."""
+    Without a library that does so, by tiles of the vocabulary, so that the head never exists in fp32 as a whole. There
+    a row has the same bits among any others."""
     if _library_widens(out):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
-        rows = out.shape[0]
-        missing = max(0, _FEWEST_ROWS - rows)
-        wide_hidden = torch.nn.functional.pad(hidden.to(out.dtype), (0, 0, 0, missing))
+        rows, block = out.shape[0], _ROWS_AT_ONCE
+        wide_hidden = torch.nn.functional.pad(hidden.to(out.dtype), (0, 0, 0, -rows % block))
         step = max(16, _TILE_BYTES // (out.element_size() * weight.shape[1]))
         for v in range(0, weight.shape[0], step):
-            tile = weight[v : v + step].to(out.dtype).t()
-            if missing:
-                out[:, v : v + step] = torch.mm(wide_hidden, tile)[:rows]
-            else:
-                torch.mm(wide_hidden, tile, out=out[:, v : v + step])
+            tile, here = weight[v : v + step].to(out.dtype).t(), out[:, v : v + step]
+            for first in range(0, rows, block):
+                product = torch.mm(wide_hidden[first : first + block], tile)
+                here[first : first + block] = product[: rows - first]
     if bias is not None:
         out += bias.to(out.dtype)
 
