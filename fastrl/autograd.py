@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrl import backend as backends
 from fastrl import ops
 from fastrl.flat import Flat
+from fastrl.projection import HiddenOptions
 from fastrl.rows import Scoring
 from fastrl.spec import LossSpec
 
@@ -22,7 +23,7 @@ from fastrl.spec import LossSpec
 class ScoreParams(NamedTuple):
     scoring: Scoring
     backend: str
-    buffer_bytes: int = 0
+    options: HiddenOptions | None = None
 
 
 class LossParams(NamedTuple):
@@ -33,7 +34,7 @@ class LossParams(NamedTuple):
     grad: bool
     scoring: Scoring | None = None
     inplace: bool = False
-    buffer_bytes: int = 0
+    options: HiddenOptions | None = None
     row_counts: tuple[int, int] | None = None
 
 
@@ -100,9 +101,10 @@ class ScoreHidden(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         tensors, numbers = ops.pack_scoring(params.scoring)
-        scores = ops.score_hidden(hidden, weight, bias, tensors, numbers, params.buffer_bytes, params.backend)
+        options = params.options.numbers()
+        scores = ops.score_hidden(hidden, weight, bias, tensors, numbers, options, params.backend)
         ctx.save_for_backward(hidden, weight, bias, scores, *tensors)
-        ctx.numbers, ctx.backend, ctx.buffer_bytes = numbers, params.backend, params.buffer_bytes
+        ctx.numbers, ctx.backend, ctx.options = numbers, params.backend, options
         return scores[0].clone(), scores[1].clone()
 
     @staticmethod
@@ -122,7 +124,7 @@ class ScoreHidden(torch.autograd.Function):
             c,
             e,
             needs,
-            ctx.buffer_bytes,
+            ctx.options,
             ctx.backend,
         )
         parts = zip(gradients, (hidden, weight, bias), needs, strict=True)
@@ -272,6 +274,6 @@ def _hidden_loss(
         params.spec.key,
         needs,
         list(params.row_counts or ()),
-        params.buffer_bytes,
+        params.options.numbers(),
         params.backend,
     )

@@ -11,6 +11,7 @@ from fastrl import _checks
 from fastrl.correction import correct_batch
 from fastrl.flat import Flat
 from fastrl.head import LMHead
+from fastrl.projection import HiddenOptions
 from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
 from fastrl.rows import Scoring
@@ -190,6 +191,56 @@ def buffer(buffer_bytes: int | None, hidden: Tensor) -> int:
     if isinstance(buffer_bytes, bool) or not isinstance(buffer_bytes, int) or buffer_bytes < 1:
         _checks.refuse("buffer_bytes", "a positive int, the bytes of logits held at once", repr(buffer_bytes))
     return buffer_bytes
+
+
+SPARSE_CAPACITY = 256
+"""Places per row of a sparse gradient, unless given: several times what a softmax of language keeps above 1e-4."""
+
+
+def hidden_options(
+    hidden: Tensor,
+    buffer_bytes: int | None,
+    out_dtype: torch.dtype | None,
+    sparse_eps: float | None = None,
+    sparse_capacity: int | None = None,
+    overlap: bool = False,
+) -> HiddenOptions:
+    """The checked options of a call at the hidden level; `hidden` in the dtype of the products."""
+    if not isinstance(overlap, bool):
+        _checks.refuse("overlap", "True or False", repr(overlap), error=TypeError)
+    size = buffer(buffer_bytes, hidden)
+    capacity = 0 if sparse_eps is None else _capacity(sparse_eps, sparse_capacity)
+    if sparse_eps is None and sparse_capacity is not None:
+        remedy = "set sparse_eps as well, or leave it None"
+        _checks.refuse("sparse_capacity", "None without sparse_eps", repr(sparse_capacity), remedy)
+    eps = None if sparse_eps is None else float(sparse_eps)
+    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap)
+
+
+def _wide_logits(out_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether logits are computed in fp32 from operands of half the width."""
+    if out_dtype is None or out_dtype == dtype:
+        return False
+    if out_dtype != torch.float32 or dtype == torch.float64:
+        remedy = "leave it None, or cast the operands"
+        _checks.refuse("out_dtype", f"None, torch.float32 for half-precision operands, or {dtype}", out_dtype, remedy)
+    return True
+
+
+def _capacity(eps: float, capacity: int | None) -> int:
+    """Places per row: the given or the default number, no more than columns can have p > eps."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        _checks.refuse(
+            "sparse_eps", "a probability in [0, 1), or None for the exact gradient", repr(eps), error=TypeError
+        )
+    if not 0 <= eps < 1:
+        _checks.refuse("sparse_eps", "a probability in [0, 1), or None for the exact gradient", repr(eps))
+    if capacity is None:
+        capacity = SPARSE_CAPACITY
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1 or capacity & (capacity - 1):
+        _checks.refuse("sparse_capacity", "a power of two, the columns kept per row", repr(capacity))
+    most = int(1.001 / eps) + 2 if eps > 1e-9 else capacity  # with the target, and rounding in the sum of p
+    return min(capacity, 1 << (most - 1).bit_length())
 
 
 def check_inplace(logits: Tensor) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastrl import backend as backends
 from fastrl import levels
 from fastrl.flat import Flat
-from fastrl.metrics import STATISTICS
+from fastrl.metrics import SPARSE_STATISTICS, STATISTICS
+from fastrl.projection import HiddenOptions
 from fastrl.reference import wide
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import spec_of
@@ -202,18 +203,18 @@ def score_hidden(
     bias: Tensor | None,
     scoring: Sequence[Tensor | None],
     numbers: Sequence[float],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
 ) -> Tensor:
     """(4, N) row scores from hidden states."""
     with torch.autocast(hidden.device.type, enabled=False):
         return levels.hidden_score(
-            hidden, weight, bias, _scoring(scoring, numbers), buffer_bytes, backends.load(backend)
+            hidden, weight, bias, _scoring(scoring, numbers), HiddenOptions.of(options), backends.load(backend)
         )
 
 
 @_fake("score_hidden")
-def _(hidden, weight, bias, scoring, numbers, buffer_bytes, backend):
+def _(hidden, weight, bias, scoring, numbers, options, backend):
     return hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype))
 
 
@@ -228,7 +229,7 @@ def score_hidden_grad(
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     needs: Sequence[bool],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from cotangents of log-probs and entropies."""
@@ -242,7 +243,7 @@ def score_hidden_grad(
             dlogp,
             dentropy,
             (needs[0], needs[1], needs[2]),
-            buffer_bytes,
+            HiddenOptions.of(options),
             backends.load(backend),
         )
     dhidden, dweight, dbias = (_some(gradient, scores) for gradient in gradients)
@@ -259,7 +260,7 @@ def _fake_gradients(hidden, weight, bias, needs):
 
 
 @_fake("score_hidden_grad")
-def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, buffer_bytes, backend):
+def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, options, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
@@ -276,7 +277,7 @@ def hidden_loss(
     spec: int,
     needs: Sequence[bool],
     row_counts: Sequence[int],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, scores, the gradients of hidden, weight and bias, and the scale they carry."""
@@ -291,7 +292,7 @@ def hidden_loss(
             spec_of(spec),
             (needs[0], needs[1], needs[2]),
             list(row_counts),
-            buffer_bytes,
+            HiddenOptions.of(options),
             backends.load(backend),
         )
     dhidden, dweight, dbias, scale = (_some(x, result.loss) for x in (*result.gradients, result.scale))
@@ -299,9 +300,10 @@ def hidden_loss(
 
 
 @_fake("hidden_loss")
-def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, buffer_bytes, backend):
+def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, options, backend):
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
-    statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
+    columns = len(STATISTICS) + (0 if HiddenOptions.of(options).sparse_eps is None else len(SPARSE_STATISTICS))
+    statistics = loss.new_empty(columns, dtype=torch.float32)
     scores = loss.new_empty((4, hidden.shape[0]))
     scaled = any(needs) and (hidden.dtype == torch.float16 or len(row_counts) > 0)
     scale = loss.new_empty(() if scaled else 0)

@@ -4,15 +4,16 @@ The options combine to more specialisations than can be compiled on every change
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan, ticket
+from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan, sparse, ticket
 from .objective_fns import OBJECTIVES
-from .tune import RowConfig, TokenConfig, row_config, tile_config, token_config
+from .tune import TokenConfig, row_config, tile_config, token_config, warp_size
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Build:
     name: str
     kernel: Any
     constexprs: dict[str, Any]
-    config: Callable[[str], RowConfig | TokenConfig]  # of the architecture; a RowConfig adds its constexprs
+    config: Callable[[str], Any]  # of the architecture: something with `num_warps`; a RowConfig adds its constexprs
     vocabulary: bool
     absent: tuple[str, ...] = ()
     logits: str = "bf16"
     aligned: bool = True
     by_tile: bool = False
+    dlogits: str | None = None  # where the gradient has another dtype than the logits
     logits_names: tuple[str, ...] = field(default=("logits_ptr", "dlogits_ptr", "x_ptr"))
 
 
@@ -49,8 +51,10 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         yield _row_build(f"tile_statistics-{name}", logprob._tile_statistics_kernel, vocab_size, {}, absent)
         yield _row_build(f"parts_to_scores-{name}", logprob._parts_to_scores_kernel, vocab_size, {}, absent)
     yield from _fused_builds(vocab_size, plain)
+    yield from _wide_logits_builds(vocab_size, plain)
     yield from _policy_builds()
     yield from _group_builds()
+    yield from _sparse_builds(vocab_size)
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
     for name, carry, absent in (
         ("full", True, ()),
@@ -64,6 +68,56 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         constexprs = {"BLOCK_K": ranking._BLOCK_K, "BLOCK_P": ranking._BLOCK_P}
         config = functools.partial(_fixed, 4)
         yield Build(f"ranking-{name}", ranking._ranked_reward_kernel, constexprs, config, False, absent)
+
+
+def _wide_logits_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
+    """fp32 logits of half-precision operands, whose gradient is rounded to theirs."""
+    names, own = _objective("ppo_clip")
+    for kernel, constexprs, absent in (
+        (logprob._logprob_bwd_kernel, {}, (*plain, "dentropy_ptr")),
+        (fused._fused_kernel, names, (*own, "rollout_ptr", "policy_weights_ptr", *_BOUNDS)),
+    ):
+        build = _row_build("", kernel, vocab_size, constexprs, absent, "fp32")
+        name = "logprob_bwd-wide" if kernel is logprob._logprob_bwd_kernel else "fused-wide"
+        yield dataclasses.replace(build, name=name, dlogits="bf16")
+
+
+_SPARSE_CAPACITY = 256
+_HIDDEN = 4096
+
+
+def _sparse_builds(vocab_size: int) -> Iterator[Build]:
+    """Emission of kept columns, and the two sums over them."""
+    lists = {"CAPACITY": _SPARSE_CAPACITY, "BLOCK_C": _SPARSE_CAPACITY}
+    emission = functools.partial(_by_warps, sparse.emission_config, vocab_size)
+    constexprs = {**lists, "BLOCK_V": sparse.emission_config(vocab_size).block_v}
+    lean = ("temperature_ptr", "softcap", "dentropy_ptr")
+    for name, absent, dtype, aligned in (
+        ("bf16", lean, "bf16", True),
+        ("fp32", lean, "fp32", True),
+        ("full", (), "bf16", True),
+        ("unaligned", lean, "bf16", False),
+    ):
+        yield Build(
+            f"sparse-emit-{name}", sparse._sparsify_kernel, constexprs, emission, True, absent, dtype, aligned
+        )  # fmt: skip
+    rows = functools.partial(_by_warps, sparse.gather_config, _HIDDEN)
+    columns = functools.partial(_by_warps, sparse.column_config, _HIDDEN)
+    row_sums, column_sums = sparse.gather_config(_HIDDEN), sparse.column_config(_HIDDEN)
+    for dtype in ("bf16", "fp32"):
+        names = ("weight_ptr", "hidden_ptr", "dhidden_ptr")
+        blocks = {"BLOCK_E": row_sums.block_e, "BLOCK_H": row_sums.block_h}
+        yield Build(
+            f"sparse-gather-{dtype}", sparse._gather_columns_kernel, {**lists, **blocks}, rows, False, (), dtype,
+            logits_names=names,
+        )  # fmt: skip
+        blocks = {"BLOCK_E": column_sums.block_e, "BLOCK_H": column_sums.block_h}
+        constexprs = {"CAPACITY": _SPARSE_CAPACITY, "COLUMNS": sparse._COLUMNS, **blocks}
+        for part, absent in (("both", ()), ("weight", ("dbias_ptr",)), ("bias", ("dweight_ptr",))):
+            yield Build(
+                f"sparse-columns-{part}-{dtype}", sparse._sum_by_column_kernel, constexprs, columns, False, absent,
+                dtype, logits_names=names,
+            )  # fmt: skip
 
 
 def _group_builds() -> Iterator[Build]:
@@ -255,3 +309,7 @@ def _token(by_sequence: bool, _: str) -> TokenConfig:
 
 def _fixed(num_warps: int, _: str) -> TokenConfig:
     return TokenConfig(0, num_warps)
+
+
+def _by_warps(config: Callable[[int, int], Any], size: int, arch: str) -> Any:
+    return config(size, warp_size(arch))

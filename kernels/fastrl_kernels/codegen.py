@@ -27,13 +27,19 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "arrived_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R", "K")
+_STRIDES = ("stride_b", "stride_t", "out_stride_b", "out_stride_t", "stride_w", "stride_h")
+_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "order_ptr", *_STRIDES)
+_INT32 = (
+    "sequence_ptr", "ticket_ptr", "arrived_ptr", "columns_ptr", "number_ptr", "offsets_ptr", "T", "out_T", "V", "H",
+    "N", "G", "first_sequence", "first", "numel", "R", "K",
+)  # fmt: skip
 _BYTES = ("mask_ptr", "varies_ptr")
-_ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
+_ALIGNED = ("V", "H", *_STRIDES)
 
 
 def _argument_type(name: str, build: Build) -> str:
+    if name == "dlogits_ptr" and build.dlogits:
+        return f"*{build.dlogits}"
     if name in build.logits_names:
         return f"*{build.logits}"
     if name in _BYTES:

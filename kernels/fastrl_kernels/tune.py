@@ -74,9 +74,8 @@ def row_config(vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = Fal
         threads *= 2
     per_thread = 8 if softcap else 16
     block_v = min(threads * per_thread, max(16, triton.next_power_of_2(vocab_size)))
-    warp_size = chip.warp_size if chip else 32
     tiles = triton.next_power_of_2(triton.cdiv(vocab_size, block_v))
-    return RowConfig(block_v, max(1, block_v // per_thread // warp_size), tiles)
+    return RowConfig(block_v, max(1, block_v // per_thread // warp_size(arch)), tiles)
 
 
 def _stay_in_cache(chip: Chip, threads: int, row_bytes: int) -> bool:
@@ -87,6 +86,10 @@ def _stay_in_cache(chip: Chip, threads: int, row_bytes: int) -> bool:
 def tile_config(vocab_size: int, arch: str, softcap: bool = False) -> RowConfig:
     """The gradient alone, which adds nothing up: one small program per tile, whatever the row's tiles are."""
     return row_config(vocab_size, 0, arch, softcap)
+
+
+def warp_size(arch: str) -> int:
+    return CHIPS[arch].warp_size if arch in CHIPS else 32
 
 
 def few_rows(rows: int, arch: str) -> bool:
