@@ -103,44 +103,37 @@ class PolicyLoss(nn.Module):
     def _correction(self) -> dict[str, Any] | None:
         """The gate as the fields of a `RolloutCorrection`; None = off, and with gspo, which takes its ratio against
         the sampler instead."""
-        low, high = self._threshold()
-        if self.is_correction_level == "off" or self.policy_loss_type == "gspo":
+        by_ratio, by_sequence = self.is_correction_gating == "ratio", self.is_correction_level == "seq"
+        if self.is_correction_mode == "clip" and (by_sequence or not by_ratio):
+            remedy = "only the ratio of a token is a weight that can be held: level 'token' and gating 'ratio'"
+            _checks.refuse("is_correction_mode", "'mask' with this level and gating", "'clip'", remedy)
+        if self.is_correction_level == "off":
             return None
-        by_sequence = self.is_correction_level == "seq"
-        if self.is_correction_gating != "ratio":
-            return {
-                "level": "token",
-                "reject": self.is_correction_gating,
-                "reject_level": "sequence-mean" if by_sequence else "token",
-                "reject_lower": low,
-                "reject_upper": high,
-            }
-        if by_sequence:  # of the geometric mean of the ratio, on −log of it
-            return {
-                "level": "token",
-                "reject": "k1",
-                "reject_level": "sequence-mean",
-                "reject_lower": None if high is None else -math.log(high),
-                "reject_upper": -math.log(low) if low is not None and low > 0 else None,
-            }
+        low, high = self._threshold(by_ratio)
+        if self.policy_loss_type == "gspo":
+            return None
+        level = "sequence-mean" if by_sequence else "token"
+        if not by_ratio:
+            reject = {"reject": self.is_correction_gating, "reject_lower": low, "reject_upper": high}
+            return {"level": "token", "reject_level": level, **reject}
+        positive = low if low is not None and low > 0 else None  # a ratio is never below 0
+        if by_sequence:  # of the geometric mean of the ratio: bounds on −log of it
+            lower, upper = (None if x is None else -math.log(x) for x in (high, positive))
+            return {"level": "token", "reject": "k1", "reject_level": level, "reject_lower": lower, "reject_upper": upper}
         mode = "mask" if self.is_correction_mode == "mask" else "truncate"
-        return {"level": "token", "mode": mode, "lower": None if low is None or low <= 0 else low, "upper": high}
+        return {"level": "token", "mode": mode, "lower": positive, "upper": high}
 
-    def _threshold(self) -> tuple[float | None, float | None]:
-        """(low, high); None = no bound, where infinity stands. Checked as far as OpenRLHF does, and its type."""
+    def _threshold(self, by_ratio: bool) -> tuple[float | None, float | None]:
+        """(low, high); None = no bound, where infinity stands."""
         given = self.is_correction_threshold
         if not hasattr(given, "__len__") or len(given) != 2 or not all(isinstance(x, int | float) for x in given):
             _checks.refuse("is_correction_threshold", "two numbers, (low, high)", repr(given))
         low, high = (None if math.isinf(x) else float(x) for x in given)
-        if self.is_correction_level == "off":
-            return low, high
-        by_ratio = self.is_correction_gating == "ratio"
-        if self.is_correction_mode == "clip" and (self.is_correction_level == "seq" or not by_ratio):
-            remedy = "only the ratio of a token is a weight that can be held: level 'token' and gating 'ratio'"
-            _checks.refuse("is_correction_mode", "'mask' with this level and gating", "'clip'", remedy)
+        if by_ratio and high is not None and high <= 0:
+            _checks.refuse("is_correction_threshold", "high above 0, as a ratio is", repr(given))
         if not by_ratio and low is not None and low > 0:
-            remedy = "a divergence is bounded from above only: (0.0, high)"
-            _checks.refuse("is_correction_threshold", f"low = 0 with gating {self.is_correction_gating!r}", f"{low}", remedy)
+            expected = f"an upper bound only with gating {self.is_correction_gating!r}, (0.0, high)"
+            _checks.refuse("is_correction_threshold", expected, repr(given))
         return low, high
 
     def forward(

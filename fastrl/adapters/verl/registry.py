@@ -13,9 +13,6 @@ from fastrl.adapters.verl.losses import POLICY_LOSSES
 
 TESTED = ("0.9", "0.10")
 
-# Functions that verl calls by their own name, not through its registry.
-_BY_NAME = {"gae": "compute_gae_advantage_return", "grpo": "compute_grpo_outcome_advantage"}
-
 
 def _core() -> Any:
     check_version("verl", *TESTED)
@@ -78,15 +75,18 @@ def install(names: Iterable[str] | None = None) -> None:
         raise ValueError(f"names: expected some of {', '.join(sorted(known))}, got {unknown[0]!r}")
     for registry, table in ours:
         for name in sorted(chosen & set(table)):
+            theirs = registry[name]
+            if theirs is table[name]:
+                continue
             _replace(registry, name, table[name])
-    for name in sorted(chosen & set(_BY_NAME)):
-        _replace(vars(core), _BY_NAME[name], ADVANTAGE_ESTIMATORS[PREFIX + name])
+            # verl calls some of them (gae, grpo, vanilla) by the name of the function
+            if vars(core).get(theirs.__name__) is theirs:
+                _replace(vars(core), theirs.__name__, table[name])
 
 
 def _replace(table: dict[str, Any], name: str, ours: Any) -> None:
-    if table[name] is not ours:
-        _replaced.append((table, name, table[name]))
-        table[name] = ours
+    _replaced.append((table, name, table[name]))
+    table[name] = ours
 
 
 def restore() -> None:
