@@ -119,7 +119,13 @@ class PolicyLoss(nn.Module):
         positive = low if low is not None and low > 0 else None  # a ratio is never below 0
         if by_sequence:  # of the geometric mean of the ratio: bounds on −log of it
             lower, upper = (None if x is None else -math.log(x) for x in (high, positive))
-            return {"level": "token", "reject": "k1", "reject_level": level, "reject_lower": lower, "reject_upper": upper}
+            return {
+                "level": "token",
+                "reject": "k1",
+                "reject_level": level,
+                "reject_lower": lower,
+                "reject_upper": upper,
+            }
         mode = "mask" if self.is_correction_mode == "mask" else "truncate"
         return {"level": "token", "mode": mode, "lower": positive, "upper": high}
 
