@@ -29,16 +29,14 @@ def dropped(old_logps: Tensor, rollout_logps: Tensor, keep: Tensor, spec: LossSp
     if bounded:
         how = type(how)(level=how.level, mode=CorrectionMode.MASK, lower=how.lower, upper=how.upper)
     rows = torch.arange(keep.shape[0], device=keep.device)[:, None].expand(keep.shape).reshape(-1)
-    flat = (x.detach().reshape(-1) for x in (old_logps, rollout_logps, keep))
-    behaviour = Behaviour(*flat, rows, keep.sum(-1).float())
+    old, rollout = (x.detach().reshape(-1) for x in (old_logps, rollout_logps))
+    behaviour = Behaviour(old, rollout, keep.reshape(-1), rows, keep.sum(-1).float())
     weights = policy_weights(behaviour, spec.replace(rollout=how))
     return (weights == 0).view(keep.shape) & keep
 
 
 def to_floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Python floats of 0-d tensors (numbers stay), in one transfer from the device."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    if not tensors:
-        return {name: float(value) for name, value in values.items()}
-    moved = dict(zip(tensors, torch.stack([x.float() for x in tensors.values()]).tolist(), strict=True))
-    return {name: moved.get(name, value) for name, value in values.items()}  # type: ignore[misc]
+    tensors = [value.float() for value in values.values() if isinstance(value, Tensor)]
+    moved = iter(torch.stack(tensors).tolist() if tensors else [])
+    return {name: next(moved) if isinstance(value, Tensor) else float(value) for name, value in values.items()}

@@ -4,8 +4,8 @@
     trainer.actor_loss_fn = PolicyLoss(...)             # or on a trainer that is there already
     fastrl.adapters.openrlhf.install()                  # or wherever OpenRLHF builds one, until restore()
 
-It maps the constructor's options to a `LossSpec` and the arguments of forward to `Rollouts`; it holds no math. An option
-that is unknown or without a meaning raises at construction.
+It maps the constructor's options to a `LossSpec` and the arguments of forward to `Rollouts`; it holds no math. An
+option that is unknown or without a meaning raises at construction.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ class PolicyLoss(nn.Module):
         low, high = self._threshold(by_ratio)
         if self.policy_loss_type == "gspo":
             return None
+        if high is None and (low is None or low <= 0):  # neither a ratio nor a divergence is below 0
+            return {"level": "token"}
         level = "sequence-mean" if by_sequence else "token"
         if not by_ratio:
             reject = {"reject": self.is_correction_gating, "reject_lower": low, "reject_upper": high}
@@ -214,15 +216,15 @@ class ValueLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
-        """0-d loss; the arguments are those of `PolicyLoss.forward`, old_values is read only where `clip_eps` is set."""
-        clipping = {} if self.clip_eps is None else {"old_values": old_values.detach(), "clip": self.clip_eps}
+        """0-d loss; arguments as in `PolicyLoss.forward`; old_values is read only where `clip_eps` is set."""
         return value_loss(
             values,
             returns.detach(),
+            old_values=None if self.clip_eps is None else old_values.detach(),
+            clip=self.clip_eps,
             mask=action_mask,
             aggregation=str(Aggregation.TOKEN_MEAN if self.token_level_loss else Aggregation.SEQ_MEAN_TOKEN_MEAN),
             normalizer=_normalizer(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
-            **clipping,
         )
 
 

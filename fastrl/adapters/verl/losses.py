@@ -76,13 +76,13 @@ class _Batch:
         self.aggregation, self.weights = aggregation, weights
 
 
-def _loss(mode: str, batch: _Batch, values: Mapping[str, Any], metrics: str | None = None) -> tuple[Tensor, dict]:
+def _loss(mode: str, batch: _Batch, values: dict[str, Any], metrics: str | None = None) -> tuple[Tensor, dict]:
     """The loss of an inner mode, and what verl reports in the mode `metrics` (None = the same)."""
     info = _global_info(values["global_batch_info"])
     aggregation = configs.aggregation_of(mode, batch.aggregation)
     length = _length(info["loss_scale_factor"], batch.logps.shape[1])
     seed = int(torch.randint(_LARGEST_SEED, ()).item()) if mode == "clip_cov" else None
-    spec = configs.build(mode, dict(values), aggregation, length, seed)
+    spec = configs.build(mode, values, aggregation, length, seed)
     keep = batch.mask if batch.mask.dtype == torch.bool else batch.mask != 0
     weights = batch.weights
     if weights is not None and mode == "geo_mean":
@@ -93,11 +93,11 @@ def _loss(mode: str, batch: _Batch, values: Mapping[str, Any], metrics: str | No
     sequences = batch.logps.shape[0] if mode == "geo_mean" else None
     out = policy_loss(batch.logps, rollouts, spec, normalizer=_normalizer(aggregation, info, sequences))
     dtype = wide(batch.logps.dtype)
-    seen = (x.detach().to(dtype) for x in (batch.logps, batch.old, batch.advantages))
-    return out.loss, measure(metrics or mode, Scored(*seen, keep, rollouts, spec, out))
+    logps, old, advantages = (x.detach().to(dtype) for x in (batch.logps, batch.old, batch.advantages))
+    return out.loss, measure(metrics or mode, Scored(logps, old, advantages, keep, rollouts, spec, out))
 
 
-def _bypass(batch: _Batch, values: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def _bypass(batch: _Batch, values: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """old_log_prob is the sampler's. Weights, rejections and their metrics come from verl's own rollout correction of
     π/π_rollout; "reinforce" is weighted by them, "ppo_clip" is not, its ratio being the same."""
     inner = configs.inner_mode(configs.BYPASS, values)

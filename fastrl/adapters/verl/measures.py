@@ -1,4 +1,4 @@
-"""verl's metrics of each loss mode, under its names: ours where the definition is one, measured as verl does elsewhere."""
+"""verl's metrics of each loss mode, under its names: ours where the definition is one, else measured as verl does."""
 
 from __future__ import annotations
 

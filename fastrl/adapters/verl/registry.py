@@ -64,7 +64,7 @@ def install(names: Iterable[str] | None = None) -> None:
         ValueError: a name that fastrl has no loss or estimator for.
     """
     core = _core()
-    ours = [
+    ours: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (core.POLICY_LOSS_REGISTRY, {name.removeprefix(PREFIX): fn for name, fn in POLICY_LOSSES.items()}),
         (core.ADV_ESTIMATOR_REGISTRY, {name.removeprefix(PREFIX): fn for name, fn in ADVANTAGE_ESTIMATORS.items()}),
     ]
