@@ -266,6 +266,7 @@ def test_fifty_steps_of_its_own_trainer(name):
     """`ActorPPOTrainer.training_step` from the same weights, with OpenRLHF's loss and with ours: the same curves of all
     that it logs, and the same weights."""
     from parity.openrlhf_trainer import actor_trainer, experience
+    from parity.tiny import one_thread
 
     adapter.restore()
     trainers = [actor_trainer(**TRAINED[name])]
@@ -276,9 +277,10 @@ def test_fifty_steps_of_its_own_trainer(name):
         adapter.restore()
     assert [type(trainer.actor_loss_fn).__module__ for trainer in trainers] == ["openrlhf.models.loss", adapter.__name__]
     batches, curves = [experience(seed) for seed in range(5)], ([], [])
-    for step in range(50):
-        for trainer, curve in zip(trainers, curves, strict=True):
-            curve.append(trainer.training_step(batches[step % 5], 0.1, step)["metrics"])
+    with one_thread():
+        for step in range(50):
+            for trainer, curve in zip(trainers, curves, strict=True):
+                curve.append(trainer.training_step(batches[step % 5], 0.1, step)["metrics"])
     assert curves[0][0]["policy_loss"] != curves[0][-1]["policy_loss"]
     for want, got in zip(*curves, strict=True):
         assert want.keys() == got.keys() >= {"policy_loss", "ppo_clip_ratio", "ppo_kl", "kl", "actor_grad_norm"}
