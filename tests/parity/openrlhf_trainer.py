@@ -11,6 +11,7 @@ from parity import peers
 from parity.tiny import LENGTH, PROMPT, V, tiny_model
 from torch import Tensor, nn
 
+
 def actor() -> Any:
     """OpenRLHF's `Actor` around it."""
     made = peers.openrlhf_trainers().models.Actor(tiny_model())
@@ -38,7 +39,12 @@ class Strategy(SimpleNamespace):
 
 def actor_trainer(**options: Any) -> Any:
     """A real `ActorPPOTrainer`, whose loss is what `openrlhf` holds at this moment."""
-    actor_options = {"eps_clip_low_high": (0.1, 0.2), "dual_clip": 1.5, "loss_agg_mode": "token-mean", "policy_loss_type": "ppo"}
+    actor_options = {
+        "eps_clip_low_high": (0.1, 0.2),
+        "dual_clip": 1.5,
+        "loss_agg_mode": "token-mean",
+        "policy_loss_type": "ppo",
+    }
     correction = {"level": "off", "mode": "mask", "gating": "ratio", "threshold": [0.7, 1.4]}
     correction |= {name: options.pop(name) for name in list(options) if name in correction}
     args = SimpleNamespace(

@@ -32,7 +32,9 @@ def run(loss: Any, batch: Any, dtype: torch.dtype = torch.float64, **given: Any)
     """(loss, gradient, the other four) of one call."""
     logps = batch.logps.to(dtype).requires_grad_()
     given = {"action_mask": batch.mask} | given
-    out = loss(logps, batch.old.to(dtype), batch.token_advantages.to(dtype), rollout_log_probs=batch.rollout.to(dtype), **given)
+    out = loss(
+        logps, batch.old.to(dtype), batch.token_advantages.to(dtype), rollout_log_probs=batch.rollout.to(dtype), **given
+    )
     return out[0].detach(), torch.autograd.grad(out[0], logps)[0], out[1:]
 
 
@@ -88,7 +90,9 @@ def test_masks_of_any_type_and_none(kind):
     batch = make_batch()
     peer, ours = both(policy_loss_type=kind, is_correction_level="token")
     for mask in (batch.mask.bool(), batch.mask.float()):
-        compare(run(peer, batch, torch.float32, action_mask=mask), run(ours, batch, torch.float32, action_mask=mask), 1e-5)
+        compare(
+            run(peer, batch, torch.float32, action_mask=mask), run(ours, batch, torch.float32, action_mask=mask), 1e-5
+        )
     if kind == "ppo":  # gspo without a mask fails in OpenRLHF
         compare(run(peer, batch, action_mask=None), run(ours, batch, action_mask=None))
     assert run(ours, batch, action_mask=None)[0] == run(ours, batch, action_mask=torch.ones(B, T))[0]
@@ -105,7 +109,9 @@ def test_nearly_equal_policies_in_single_precision():
     many with us."""
     batch = make_batch(empty=False)
     batch = type(batch)(**{**vars(batch), "rollout": batch.old * (1 + 1e-5)})
-    peer, ours = both(is_correction_level="token", is_correction_gating="binary_kl", is_correction_threshold=(0.0, 0.05))
+    peer, ours = both(
+        is_correction_level="token", is_correction_gating="binary_kl", is_correction_threshold=(0.0, 0.05)
+    )
     want, got = run(peer, batch, torch.float32), run(ours, batch, torch.float32)
     assert 0 < want[2][3] < 1
     compare(want, got, 1e-5)
@@ -275,7 +281,10 @@ def test_fifty_steps_of_its_own_trainer(name):
         trainers.append(actor_trainer(**TRAINED[name]))
     finally:
         adapter.restore()
-    assert [type(trainer.actor_loss_fn).__module__ for trainer in trainers] == ["openrlhf.models.loss", adapter.__name__]
+    assert [type(trainer.actor_loss_fn).__module__ for trainer in trainers] == [
+        "openrlhf.models.loss",
+        adapter.__name__,
+    ]
     batches, curves = [experience(seed) for seed in range(5)], ([], [])
     with one_thread():
         for step in range(50):

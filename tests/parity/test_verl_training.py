@@ -73,11 +73,15 @@ def train(name: str, options: dict[str, Any], batches: list[dict[str, Tensor]]) 
         for part in (slice(0, 2), slice(2, None)):
             micro = _Data({key: value[part] for key, value in batch.items()})
             logps, entropy = scores(model, micro.pop("ids"))
-            loss, metrics = verl.losses.ppo_loss(actor, {"log_probs": logps, "entropy": entropy}, _Data(**micro, **counts))
+            loss, metrics = verl.losses.ppo_loss(
+                actor, {"log_probs": logps, "entropy": entropy}, _Data(**micro, **counts)
+            )
             loss.backward()
             for key, metric in metrics.items():
                 logged[key] = logged.get(key, 0) + float(metric.aggregate() if hasattr(metric, "aggregate") else metric)
-        logged["gradient"] = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+        logged["gradient"] = (
+            torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+        )
         optimizer.step()
         optimizer.zero_grad()
         log.append(logged)

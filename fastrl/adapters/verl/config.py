@@ -22,13 +22,14 @@ ACTOR = Options(
         "clip_ratio_c": 3.0,
         "tau_pos": 1.0,
         "tau_neg": 1.05,
+        "loss_agg_mode": "token-mean",
+        "loss_scale_factor": None,
         "policy_loss": None,
         "global_batch_info": None,
     },
     elsewhere=frozenset({
         # read by verl's `ppo_loss` around the policy loss
-        "loss_agg_mode", "loss_scale_factor", "entropy_coeff", "calculate_entropy", "use_kl_loss", "kl_loss_coef",
-        "kl_loss_type",
+        "entropy_coeff", "calculate_entropy", "use_kl_loss", "kl_loss_coef", "kl_loss_type",
         # batches, model, optimiser, engine
         "_target_", "strategy", "ppo_mini_batch_size", "ppo_micro_batch_size", "ppo_micro_batch_size_per_gpu",
         "ppo_infer_micro_batch_size_per_gpu", "use_dynamic_bsz", "ppo_max_token_len_per_gpu",
@@ -48,6 +49,7 @@ ACTOR = Options(
 POLICY = Options(
     framework="verl 0.9's PolicyLossConfig",
     honoured={
+        "loss_mode": "vanilla",
         "clip_cov_ratio": 0.0002,
         "clip_cov_lb": 1.0,
         "clip_cov_ub": 5.0,
@@ -56,7 +58,7 @@ POLICY = Options(
         "dro_beta": None,
         "rollout_correction": None,
     },
-    elsewhere=frozenset({"_target_", "loss_mode"}),
+    elsewhere=frozenset({"_target_"}),
     own_loss=_OWN_LOSS,
 )
 
@@ -162,13 +164,15 @@ def read(config: Any) -> _Values:
         ACTOR.refuse("config", None, "pass verl's ActorConfig")
     values = ACTOR.read(config)
     policy = POLICY.read(values.pop("policy_loss"))
-    correction = ROLLOUT_CORRECTION.read(policy.pop("rollout_correction"))
+    correction = ROLLOUT_CORRECTION.read(policy["rollout_correction"])
     return {**values, **policy, **correction}
 
 
 def inner_mode(mode: str, values: _Values) -> str:
     """The mode whose loss `mode` is: itself, or what bypass mode dispatches to."""
     if mode == BYPASS:
+        if values["rollout_correction"] is None:
+            POLICY.refuse("rollout_correction", None, "set it, as loss_mode 'bypass_mode' needs it")
         return ROLLOUT_CORRECTION.choose("loss_type", values["loss_type"], _BYPASS)
     return POLICY.choose("loss_mode", mode, {name: name for name in MODES})
 
@@ -204,9 +208,8 @@ def spec_from_config(config: Any, mode: str | None = None, *, max_length: int | 
         ValueError, TypeError: an unknown field, or a value that is not honoured, named as verl names it.
     """
     values = read(config)
-    if mode is None:
-        mode = config["policy_loss"]["loss_mode"]
+    mode = values["loss_mode"] if mode is None else mode
     inner = inner_mode(mode.removeprefix(PREFIX), values)
-    aggregation = aggregation_of(inner, config["loss_agg_mode"])
-    length = config["loss_scale_factor"] if max_length is None else max_length
+    aggregation = aggregation_of(inner, values["loss_agg_mode"])
+    length = values["loss_scale_factor"] if max_length is None else max_length
     return build(inner, values, aggregation, length, 0)

@@ -19,7 +19,7 @@ def _core() -> Any:
     try:
         return importlib.import_module("verl.trainer.ppo.core_algos")
     except ModuleNotFoundError as error:
-        if error.name != "verl":
+        if not (error.name or "").startswith("verl"):
             raise
         raise ModuleNotFoundError(
             "fastrl.adapters.verl: verl is not installed; pip install 'verl>=0.9,<0.10'", name="verl"
