@@ -21,10 +21,10 @@ with peers._loading():
 """
 
 
-def imported(path: list[Path], **environment: str) -> subprocess.CompletedProcess:
+def imported(path: list[Path], code: str = CODE, **environment: str) -> subprocess.CompletedProcess:
     places = [ROOT, ROOT / "kernels", ROOT / "tests", *path]
     variables = {"PYTHONPATH": ":".join(map(str, places)), "PATH": "/usr/bin:/bin", "HOME": "/tmp", **environment}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True, env=variables)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=variables)
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def test_entry_point(entry_point):
     done = imported([entry_point], VERL_USE_EXTERNAL_PLUGINS="fastrl_test")
     losses, estimators = done.stdout.splitlines()
     assert losses == str(sorted(adapter.POLICY_LOSSES)) and estimators == str(sorted(adapter.ADVANTAGE_ESTIMATORS))
+
+
+def test_external_module_stands_in():
+    """`VERL_USE_EXTERNAL_MODULES` with the module that installs."""
+    if not (peers.FOLDER / "verl").exists():
+        pytest.skip("needs verl (`make test` puts it there)")
+    ask = (
+        CODE
+        + "\n    print(core.POLICY_LOSS_REGISTRY['vanilla'].__module__, core.compute_gae_advantage_return.__module__)"
+    )
+    done = imported([], ask, VERL_USE_EXTERNAL_MODULES="fastrl.adapters.verl.stand_in")
+    assert done.stdout.splitlines()[-1] == "fastrl.adapters.verl.losses fastrl.adapters.verl.token_advantages"
 
 
 def test_a_failure_is_heard(entry_point):
