@@ -1,9 +1,9 @@
 """OpenRLHF's `PolicyLoss` as fastrl has it, in a small loop that trains a Qwen2 to add.
 
 The answers are sampled by one set of numbers and scored by another, as with vLLM: the sampler's log-probs here are
-those of the model in bfloat16, and `is_correction_level="token"` weighs each token by the difference. The loss is built and
-called as OpenRLHF's actor does; OpenRLHF itself is needed with `--loss openrlhf` or `both` only, for a run of its own
-class from the same seed. Exits with 1 if the reward stays low.
+those of the model in bfloat16, and `is_correction_level="token"` weighs each token by the difference. The loss is built
+and called as OpenRLHF's actor does; OpenRLHF itself is needed with `--loss openrlhf` or `both` only, for a run of its
+own class from the same seed. Exits with 1 if the reward stays low.
 """
 
 from __future__ import annotations

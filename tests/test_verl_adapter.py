@@ -119,7 +119,8 @@ def test_other_bad_input():
 
 
 def test_without_verl(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl", None)
+    for name in ("verl", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, None)
     for function in (adapter.register, adapter.install):
         with pytest.raises(ModuleNotFoundError, match="verl is not installed; pip install 'verl>=0.9,<0.10'"):
             function()

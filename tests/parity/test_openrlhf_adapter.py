@@ -115,6 +115,30 @@ def test_nearly_equal_policies_in_single_precision():
     want, got = run(peer, batch, torch.float32), run(ours, batch, torch.float32)
     assert 0 < want[2][3] < 1
     compare(want, got, 1e-5)
+    ours.is_correction_threshold = (-1.0, 0.05)
+    assert run(ours, batch, torch.float32)[2][3] == 0
+
+
+def test_weights_far_out_differ():
+    """exp of a log-ratio of 23 to the sampler: OpenRLHF's weight; ours is held at e²⁰."""
+    batch = make_batch(extreme="rollout")
+    gate = {"is_correction_level": "token", "is_correction_threshold": (0.0, math.inf)}
+    want, got = (run(m.PolicyLoss(**gate), batch)[1] for m in (theirs, adapter))
+    ratio = got / want
+    far = (batch.old - batch.rollout > 20) & (want != 0)
+    assert far.sum() == 1 and ratio[far].item() == pytest.approx(math.exp(20 - 23), rel=1e-5)
+    torch.testing.assert_close(got[~far], want[~far])
+
+
+def test_an_unscored_token_differs():
+    """NaN from the sampler: OpenRLHF's loss is NaN; with us the token's weight is 1."""
+    batch = make_batch(nan=True)
+    filled = type(batch)(**{**vars(batch), "rollout": torch.where(batch.rollout.isnan(), batch.old, batch.rollout)})
+    loss = adapter.PolicyLoss(is_correction_level="token", is_correction_threshold=(0.8, 1.3))
+    want, got = run(loss, filled), run(loss, batch)
+    assert got[0] == want[0] and torch.equal(got[1], want[1])
+    peer = theirs.PolicyLoss(is_correction_level="token", is_correction_mode="clip", is_correction_threshold=(0.8, 1.3))
+    assert run(peer, batch)[0].isnan()
 
 
 def test_attributes_may_change():

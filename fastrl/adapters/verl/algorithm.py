@@ -16,12 +16,13 @@ ALGORITHM = Options(
     framework="verl 0.9's AlgoConfig",
     honoured={
         "gamma": 1.0,
+        "lam": 1.0,
         "norm_adv_by_std_in_grpo": True,
         "gdpo_reward_keys": None,
         "gdpo_reward_weights": None,
     },
     elsewhere=frozenset({
-        "_target_", "lam", "adv_estimator", "use_kl_in_reward", "kl_penalty", "kl_ctrl", "use_pf_ppo", "pf_ppo",
+        "_target_", "adv_estimator", "use_kl_in_reward", "kl_penalty", "kl_ctrl", "use_pf_ppo", "pf_ppo",
         "filter_groups", "rollout_correction",
     }),
     own_loss=OWN,

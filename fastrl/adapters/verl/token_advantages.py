@@ -69,7 +69,6 @@ def generalized(
     none_left(other)
     given_or_refuse("values", values, "gae")
     found = ALGORITHM.read(config)
-    found["lam"] = 1.0 if config is None else config["lam"]
     gamma, lam = (found[k] if v is None else float(v) for k, v in (("gamma", gamma), ("lam", lam)))
     return gae(token_level_rewards, values, mask=response_mask != 0, gamma=gamma, lam=lam, whiten=True)
 
