@@ -104,6 +104,17 @@ def test_refused_by_name(actor, policy, mode, named):
             adapter.spec_from_config(config, mode)
 
 
+def test_a_dict_config_is_read_as_a_dataclass_is():
+    omegaconf = pytest.importorskip("omegaconf", reason="needs omegaconf, which verl brings")
+    config = {
+        **ACTOR,
+        "policy_loss": {**POLICY, "loss_mode": "fastrl_kl_cov", "rollout_correction": {"rollout_is": None}},
+    }
+    assert adapter.spec_from_config(omegaconf.OmegaConf.create(config)) == adapter.spec_from_config(config)
+    with pytest.raises(ValueError, match="^clip_ratio_d: "):
+        adapter.spec_from_config(omegaconf.OmegaConf.create({**config, "clip_ratio_d": 1}))
+
+
 def test_other_bad_input():
     with pytest.raises(ValueError, match="^config: "):
         adapter.spec_from_config(None)

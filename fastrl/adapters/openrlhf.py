@@ -273,7 +273,13 @@ def install() -> None:
         ModuleNotFoundError: OpenRLHF is not installed.
     """
     check_version("openrlhf", *TESTED)
-    models = importlib.import_module("openrlhf.models")
+    try:
+        models = importlib.import_module("openrlhf.models")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("openrlhf"):
+            raise
+        message = "fastrl.adapters.openrlhf: OpenRLHF is not installed; pip install 'openrlhf>=0.11,<0.12'"
+        raise ModuleNotFoundError(message, name="openrlhf") from error
     users = [sys.modules[name] for name in _USERS if name in sys.modules]
     for module in (models, importlib.import_module("openrlhf.models.loss"), *users):
         for ours in _CLASSES:
