@@ -1,8 +1,9 @@
 """OpenRLHF's loss classes and those of `fastrl.adapters.openrlhf` on the same batch: loss, gradient and the 5-tuple over
-the product of options; and its own actor trainer with either."""
+the product of options."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -14,6 +15,7 @@ from parity import peers
 from parity.batches import B, T, make_batch
 from torch import Tensor
 
+import fastrl
 from fastrl.adapters import openrlhf as adapter
 
 theirs = peers.openrlhf().loss
@@ -263,62 +265,10 @@ def test_the_comparison_can_fail(options, wrong, monkeypatch):
         compare(run(peer, batch, **counts), run(ours, batch, **counts))
 
 
-def test_install_and_restore():
-    """Names in `openrlhf.models` and in the trainers that imported them before; twice is as once."""
-    trainers = peers.openrlhf_trainers()
-    places = [
-        (trainers.models, ("PolicyLoss", "ValueLoss", "PairWiseLoss", "LogExpLoss")),
-        (trainers.models.loss, ("PolicyLoss", "ValueLoss", "PairWiseLoss", "LogExpLoss")),
-        (trainers.actor, ("PolicyLoss",)),
-        (trainers.critic, ("ValueLoss",)),
-        (trainers.reward, ("PairWiseLoss", "LogExpLoss")),
-    ]
-    before = [dict(vars(module)) for module, _ in places]
-    adapter.install()
-    adapter.install()
-    for module, names in places:
-        assert all(getattr(module, name) is getattr(adapter, name) for name in names)
-    adapter.restore()
-    adapter.restore()
-    assert before == [dict(vars(module)) for module, _ in places]
-
-
-TRAINED = {
-    "ppo": {},
-    "ppo-token-mask": {"level": "token"},
-    "ppo-seq-tv": {"level": "seq", "gating": "tv", "threshold": [0.0, 0.05], "loss_agg_mode": "seq-mean-token-mean"},
-    "gspo-rollout": {"policy_loss_type": "gspo", "level": "token", "eps_clip_low_high": (0.02, 0.03)},
-}
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_fifty_steps_of_its_own_trainer(name):
-    """`ActorPPOTrainer.training_step` from the same weights, with OpenRLHF's loss and with ours: the same curves of all
-    that it logs, and the same weights."""
-    from parity.openrlhf_trainer import actor_trainer, experience
-    from parity.tiny import one_thread
-
-    adapter.restore()
-    trainers = [actor_trainer(**TRAINED[name])]
-    adapter.install()
-    try:
-        trainers.append(actor_trainer(**TRAINED[name]))
-    finally:
-        adapter.restore()
-    assert [type(trainer.actor_loss_fn).__module__ for trainer in trainers] == [
-        "openrlhf.models.loss",
-        adapter.__name__,
-    ]
-    batches, curves = [experience(seed) for seed in range(5)], ([], [])
-    with one_thread():
-        for step in range(50):
-            for trainer, curve in zip(trainers, curves, strict=True):
-                curve.append(trainer.training_step(batches[step % 5], 0.1, step)["metrics"])
-    assert curves[0][0]["policy_loss"] != curves[0][-1]["policy_loss"]
-    for want, got in zip(*curves, strict=True):
-        assert want.keys() == got.keys() >= {"policy_loss", "ppo_clip_ratio", "ppo_kl", "kl", "actor_grad_norm"}
-        for metric, value in want.items():
-            assert float(got[metric]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), metric
-    weights = ([p.detach() for p in trainer.actor.parameters()] for trainer in trainers)
-    for x, y in zip(*weights, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("options", [{"is_correction_level": "seq"}, {"policy_loss_type": "gspo", "dual_clip": 1.3}])
+def test_on_triton(options, monkeypatch):
+    """The kernels, in the interpreter where there is no GPU."""
+    monkeypatch.setattr(adapter, "policy_loss", functools.partial(fastrl.policy_loss, backend="triton"))
+    batch = make_batch()
+    peer, ours = both(is_correction_threshold=(0.8, 1.3), **options)
+    compare(run(peer, batch, torch.float32), run(ours, batch, torch.float32), 2e-5)

@@ -3,6 +3,7 @@ of options. What differs is stated at the end, with its size."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -14,6 +15,7 @@ from parity.batches import B, Batch, T, make_batch
 from parity.verl_cases import AGGREGATIONS, config
 from torch import Tensor
 
+import fastrl
 import fastrl.adapters.verl as adapter
 from fastrl.adapters.verl import losses, measures
 
@@ -93,6 +95,15 @@ def test_single_precision_and_masks_of_any_type(mode):
     batch, actor = make_batch(), config(loss_mode=mode, **NUMBERS)
     for mask in (batch.mask.bool(), batch.mask, batch.mask.float()):
         compare(mode, batch, actor, rtol=1e-5, dtype=torch.float32, response_mask=mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_on_triton(mode, monkeypatch):
+    """The kernels, in the interpreter where there is no GPU."""
+    monkeypatch.setattr(losses, "policy_loss", functools.partial(fastrl.policy_loss, backend="triton"))
+    batch, actor = make_batch(token_advantages=True), config(loss_mode=mode, **NUMBERS)
+    actor.global_batch_info.update(COUNTS[1])
+    compare(mode, batch, actor, rtol=2e-5, dtype=torch.float32, rollout_is_weights=weights_of(batch).float())
 
 
 @pytest.mark.parametrize("mode", MODES)
