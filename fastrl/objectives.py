@@ -29,7 +29,8 @@ from fastrl.registry import (
 
 @dataclass(frozen=True, kw_only=True)
 class OwnNumbers:
-    """Fields of `LossSpec` that one objective reads, named after it; each must be positive."""
+    """Fields of `LossSpec` that one objective reads, named after it; each must be positive, but for the bounds of a
+    covariance."""
 
     sapo_temperature_positive: float = 1.0
     """τ for A > 0."""

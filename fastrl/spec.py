@@ -181,7 +181,8 @@ class LossSpec(OwnNumbers):
         check_number("off_policy_threshold", self.off_policy_threshold, -math.inf, optional=True)
         check_number("top_entropy_quantile", self.top_entropy_quantile, 0.0)
         for field in dataclasses.fields(OwnNumbers):
-            check_number(field.name, getattr(self, field.name), 0.0, inclusive=False)
+            lowest = -math.inf if field.name in ("clip_cov_low", "clip_cov_high") else 0.0
+            check_number(field.name, getattr(self, field.name), lowest, inclusive=False)
         if self.top_entropy_quantile > 1:
             raise ValueError(
                 f"top_entropy_quantile: expected a fraction from 0 to 1, got {self.top_entropy_quantile!r}"
