@@ -1,5 +1,8 @@
-"""The loss inside plain `transformers.Trainer`, on rollouts that somebody logged: prompts, completions, the log-probs
-they were sampled with, and rewards; with an objective of one's own. Exits with 1 if the reward stays low."""
+"""The loss inside `transformers.Trainer`, on rollouts that somebody logged: prompts, completions, the log-probs they
+were sampled with, and rewards; with an objective of one's own. Exits with 1 if the reward stays low.
+
+`--from-logits` takes the plain `Trainer` with `compute_loss_func` instead of `PolicyTrainer`, which never has logits.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import fastrl
+from fastrl.adapters.hf import PolicyTrainer, RolloutCollator, add_advantages, compute_loss_func
 
 
 def better_than_average(log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -31,56 +35,17 @@ def logged_rollouts(count: int, seed: int = 0) -> list[dict[str, Any]]:
     tokenizer, rng = build_tokenizer(), random.Random(seed)
     texts = [rng.choice(prompts()) for _ in range(count)]
     answers = [str(rng.randrange(10)) for _ in texts]
-    advantages = fastrl.group_advantages(
-        torch.tensor(reward(texts, answers)), group_ids=torch.tensor([prompts().index(text) for text in texts])
-    )
-    rows = []
-    for text, answer, advantage in zip(texts, answers, advantages.tolist(), strict=True):
-        prompt = tokenizer(text)["input_ids"]
-        ids = [*prompt, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-        rows.append(
-            {
-                "input_ids": ids,
-                "loss_mask": [0] * len(prompt) + [1, 1],
-                "old_logps": [0.0] * len(prompt) + [math.log(0.1), 0.0],
-                "advantages": advantage,
-            }
-        )
-    return rows
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Right-padded batch; anything may stand where loss_mask is 0."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def pad(name: str, value: float) -> Tensor:
-        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-
-    return {
-        "input_ids": pad("input_ids", 0),
-        "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows]),
-        "loss_mask": pad("loss_mask", 0),
-        "old_logps": pad("old_logps", 0.0),
-        "advantages": torch.tensor([row["advantages"] for row in rows]),
-    }
-
-
-class PolicyTrainer(Trainer):
-    """`Trainer` whose loss is the policy loss, fused from hidden states."""
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        hidden = model.base_model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-        ).last_hidden_state
-        states, ids, mask = fastrl.shift_for_next_token(hidden, inputs["input_ids"], inputs["loss_mask"])
-        rollouts = fastrl.Rollouts(ids, mask, inputs["advantages"], old_logps=inputs["old_logps"][:, 1:])
-        head = fastrl.LMHead.from_model(model)
-        out = fastrl.policy_loss_from_hidden(states, head, rollouts, SPEC, normalizer=num_items_in_batch)
-        if self.state.global_step % self.args.logging_steps == 0:
-            self.log({f"fastrl/{name}": value for name, value in out.metrics.to_floats().items()})
-        return (out.loss, {"logps": out.logps}) if return_outputs else out.loss
+    rows = [
+        {
+            "prompt_ids": tokenizer(text)["input_ids"],
+            "completion_ids": [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id],
+            "old_logps": [math.log(0.1), 0.0],
+            "rewards": score,
+            "group_ids": text,  # all answers to one prompt are a group
+        }
+        for text, answer, score in zip(texts, answers, reward(texts, answers), strict=True)
+    ]
+    return add_advantages(rows, SPEC)
 
 
 @torch.no_grad()
@@ -93,34 +58,43 @@ def reward_of(model: Any, tokenizer: Any) -> float:
     return sum(reward(texts, answers)) / len(texts)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def build_trainer(model: Any, args: TrainingArguments, rows: list[dict[str, Any]], from_logits: bool) -> Trainer:
+    if not from_logits:
+        return PolicyTrainer(model, args, spec=SPEC, train_dataset=rows)
+    collator = RolloutCollator(spec=SPEC)
+    return Trainer(model, args, collator, rows, compute_loss_func=compute_loss_func(SPEC))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=8000)
     parser.add_argument("--epochs", type=int, default=4)
-    options = parser.parse_args()
+    parser.add_argument("--from-logits", action="store_true", help="the plain Trainer with compute_loss_func")
+    options = parser.parse_args(arguments)
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = build_model(Path(folder)), build_tokenizer()
         args = TrainingArguments(
             output_dir=folder,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=64,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=2,  # the same gradients as one batch of 64
             learning_rate=2e-3,
             logging_steps=50,
             save_strategy="no",
             report_to="none",
-            remove_unused_columns=False,
+            remove_unused_columns=False,  # the columns are the collator's, not the model's
             dataloader_pin_memory=False,
         )
-        data = logged_rollouts(options.rollouts)
-        trainer = PolicyTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
+        trainer = build_trainer(model, args, logged_rollouts(options.rollouts), options.from_logits)
         trainer.remove_callback(PrinterCallback)
         before = reward_of(model, tokenizer)
         trainer.train()
         after = reward_of(model, tokenizer)
-    entropy = next(
-        entry["fastrl/entropy"] for entry in reversed(trainer.state.log_history) if "fastrl/entropy" in entry
-    )
+    if options.from_logits:
+        entropy = trainer.compute_loss_func.pop_metrics()["entropy"]
+    else:
+        entropy = next(log["fastrl/entropy"] for log in reversed(trainer.state.log_history) if "fastrl/entropy" in log)
     print(f"reward {before:.3f} before, {after:.3f} after; entropy {entropy:.3f}")
     return 0 if after > before + 0.3 else 1
 

@@ -37,8 +37,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Choice:
+def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto", *, warn: bool = True) -> Choice:
     """The backend for tensors of this device and dtype; "auto" explains itself, "triton" never falls back.
+
+    Where "auto" takes plain torch on an accelerator, the logger `fastrl` says so, once per reason, unless `warn` is
+    False.
 
     Raises:
         ValueError: an unknown name, or "triton" where it cannot run.
@@ -55,7 +58,8 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> C
     if device.type not in _ACCELERATORS:
         return Choice("torch", f"tensors are on {device.type}, not on an accelerator")
     if obstacle:
-        _warn_fallback(obstacle)
+        if warn:
+            _warn_fallback(obstacle)
         return Choice("torch", obstacle)
     return Choice("triton", f"tensors are on {device.type}")
 

@@ -66,7 +66,7 @@ def test_dependencies_point_downwards():
         "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend",
         "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "ops", "autograd",
         "inputs", "functional", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
-        "reward_model", "_info",
+        "reward_model", "_info", "__main__",
     ]  # fmt: skip
     package = ROOT / "fastrl"
     assert {path.stem for path in package.glob("*.py")} == {*order, "__init__"}
