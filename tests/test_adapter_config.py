@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import warnings
 
 import pytest
 
-from fastrl.adapters import _config
-from fastrl.adapters._config import Options, check_version, fields_of
+from fastrl.adapters._config import Options, fields_of
 
 OPTIONS = Options(
     framework="Lib 1.2",
@@ -73,19 +71,3 @@ def test_choose_lists_the_accepted():
 def test_no_config():
     with pytest.raises(TypeError, match="^config: expected a mapping"):
         fields_of(3)
-
-
-@pytest.mark.parametrize(
-    ("version", "inside"), [("1.16.0", True), ("1.16.3.dev0", True), ("1.17rc1", False), ("1.9", False)]
-)
-def test_versions(monkeypatch, version, inside):
-    monkeypatch.setattr(_config.metadata, "version", lambda name: version)
-    check_version.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_version("lib", "1.16", "1.17")
-        check_version("lib", "1.16", "1.17")
-    check_version.cache_clear()
-    assert len(caught) == (0 if inside else 1)
-    if not inside:
-        assert f"lib {version} is outside the tested range 1.16 <= version < 1.17" in str(caught[0].message)

@@ -11,7 +11,7 @@ import torch
 
 import fastrl
 from fastrl.adapters import openrlhf as adapter
-from fastrl.adapters._config import check_version
+from fastrl.adapters._versions import warn_outside
 
 CORRECTIONS = {
     "token-ratio-mask": {"level": "token", "mode": "mask", "lower": 0.5, "upper": 5.0},
@@ -74,11 +74,11 @@ def test_without_openrlhf(monkeypatch):
     adapter.restore()
 
 
-def test_another_version_warns_once(monkeypatch, recwarn):
+def test_another_version_warns_once(monkeypatch, caplog):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.12.0")
-    check_version.cache_clear()
+    warn_outside.cache_clear()
     for make in (adapter.PolicyLoss, adapter.ValueLoss, adapter.PolicyLoss):
         make()
-    check_version.cache_clear()
-    (warning,) = recwarn
-    assert "openrlhf 0.12.0" in str(warning.message) and "0.11 <= version < 0.12" in str(warning.message)
+    warn_outside.cache_clear()
+    (record,) = caplog.records
+    assert "openrlhf 0.12.0" in record.getMessage() and "openrlhf >=0.11,<0.12" in record.getMessage()

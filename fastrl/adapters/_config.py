@@ -1,17 +1,11 @@
-"""Foreign configs: every field is honoured, left to the framework, or refused by name; an unknown one raises.
-
-Also the warning about a framework version that was not tested.
-"""
+"""Foreign configs: every field is honoured, left to the framework, or refused by name; an unknown one raises."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, NoReturn
 
 
@@ -85,29 +79,3 @@ def fields_of(config: Any) -> dict[str, Any]:
     if hasattr(config, "__dict__"):
         return {name: value for name, value in vars(config).items() if not name.startswith("_")}
     raise TypeError(f"config: expected a mapping, dataclass, pydantic model or namespace, got {config!r}")
-
-
-@functools.cache
-def check_version(distribution: str, lowest: str, below: str) -> None:
-    """Warn once if `distribution` is installed in a version outside [lowest, below); silent if it is not installed."""
-    try:
-        version = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return
-    if not _key(lowest) <= _key(version) < _key(below):
-        warnings.warn(
-            f"fastrl: {distribution} {version} is outside the tested range {lowest} <= version < {below}; "
-            "options that it added are refused by name, changes of meaning are not noticed",
-            stacklevel=3,
-        )
-
-
-def _key(version: str) -> tuple[int, ...]:
-    """The release numbers of a version; what is no number (a0, .dev1, +local) ends them."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        numbers += [int(digits)] if digits else []
-        if digits != part:
-            break
-    return tuple(numbers)

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from fastrl.adapters._batch import flat_offsets, k1_bounds, no_ids, sequence_means
-from fastrl.adapters._config import Options, check_version
+from fastrl.adapters._config import Options
+from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss
 from fastrl.metrics import Metrics
 from fastrl.rollout_correction import RolloutCorrection
@@ -145,5 +146,5 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
 def _log(metrics: Metrics) -> None:
     tracker = sys.modules.get("areal.utils.stats_tracker")  # there, if AReaL is what calls
     if tracker is not None:
-        check_version("areal", "1.0", "1.1")
+        warn_outside("areal", "1.0", "1.1")
         tracker.scalar(**{f"fastrl/{name}": value for name, value in metrics.to_floats().items()})

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import _checks
-from fastrl.adapters._config import check_version
 from fastrl.adapters._measures import dropped, token_mean
 from fastrl.adapters._spec import lower_bound, named_spec
+from fastrl.adapters._versions import warn_outside
 from fastrl.critic import value_loss
 from fastrl.functional import policy_loss
 from fastrl.options import Aggregation
@@ -70,7 +70,7 @@ class PolicyLoss(nn.Module):
         is_correction_threshold: Any = (0.5, 5.0),
     ) -> None:
         super().__init__()
-        check_version("openrlhf", *TESTED)
+        warn_outside("openrlhf", *TESTED)
         self.clip_eps_low = clip_eps_low
         self.clip_eps_high = clip_eps_high
         self.dual_clip = dual_clip
@@ -200,7 +200,7 @@ class ValueLoss(nn.Module):
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
         super().__init__()
-        check_version("openrlhf", *TESTED)
+        warn_outside("openrlhf", *TESTED)
         if clip_eps is not None:
             _checks.number("clip_eps", clip_eps)
         self.clip_eps = clip_eps
@@ -272,7 +272,7 @@ def install() -> None:
     Raises:
         ModuleNotFoundError: OpenRLHF is not installed.
     """
-    check_version("openrlhf", *TESTED)
+    warn_outside("openrlhf", *TESTED)
     try:
         models = importlib.import_module("openrlhf.models")
     except ModuleNotFoundError as error:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastrl.adapters._batch import no_ids
-from fastrl.adapters._config import check_version, fields_of
+from fastrl.adapters._config import fields_of
 from fastrl.adapters._skyrl_config import ALGORITHM, mapped
+from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss
 from fastrl.metrics import Metrics
 from fastrl.rollouts import Rollouts
@@ -83,7 +84,7 @@ def register(algorithm: Any = None) -> tuple[str, ...]:
     Raises:
         ValueError: a field that is not honoured or not known, named.
     """
-    check_version("skyrl", "0.3", "0.5")
+    warn_outside("skyrl", "0.3", "0.5")
     chosen = "" if algorithm is None else str(fields_of(algorithm).get("policy_loss_type"))
     if chosen.startswith("fastrl_"):
         mapped(chosen.removeprefix("fastrl_"), algorithm)

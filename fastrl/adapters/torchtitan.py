@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl.adapters._batch import flat_offsets, part_of_mean
-from fastrl.adapters._config import Options, check_version
+from fastrl.adapters._config import Options
+from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss_from_logits
 from fastrl.rollouts import Rollouts
 from fastrl.spec import Aggregation, LossSpec
@@ -58,7 +59,7 @@ class DAPOLoss:
 
     def __init__(self, config: Any = None, *, compile_config: Any = None) -> None:
         del compile_config  # the kernels are compiled as they are; the torch backend works under torch.compile as it is
-        check_version("torchtitan", "0.3", "0.4")
+        warn_outside("torchtitan", "0.3", "0.4")
         self.spec = self._spec_of(config)
 
     @staticmethod

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from fastrl.adapters._config import check_version
+from fastrl.adapters._versions import warn_outside
 from fastrl.adapters.verl.advantages import ADVANTAGE_ESTIMATORS
 from fastrl.adapters.verl.config import PREFIX
 from fastrl.adapters.verl.losses import POLICY_LOSSES
@@ -15,7 +15,7 @@ TESTED = ("0.9", "0.10")
 
 
 def _core() -> Any:
-    check_version("verl", *TESTED)
+    warn_outside("verl", *TESTED)
     try:
         return importlib.import_module("verl.trainer.ppo.core_algos")
     except ModuleNotFoundError as error:
