@@ -16,19 +16,19 @@ from bench.inputs import SPREAD, hidden_inputs
 
 EPS = 1e-4
 """Of a row's softmax, columns with less are left out."""
-CANDIDATES, STEP, NOISE = 16, 0.7, 0.5
+CANDIDATES, STEP, NOISE = 16, 1.2, 0.5
 """Tokens that a context makes likely; nats between one and the next; and what is left of the others' spread."""
 
 
 def peaked_inputs(shape: Shape, ragged: bool) -> Inputs:
-    """`hidden_inputs` whose rows each point at 16 tokens: the first 2 to 8 nats above all the others together, each
-    next one 0.7 nats lower. The sampled token is drawn from them."""
+    """`hidden_inputs` whose rows each point at 16 tokens: the first 3 to 9 nats above all the others together, each
+    next one 1.2 nats lower. The sampled token is drawn from them."""
     inputs = hidden_inputs(shape, ragged)
     generator = torch.Generator(shape.device).manual_seed(1)
     size, weight = (shape.batch, shape.length), inputs["weight"].detach()
     tokens = torch.randint(0, shape.vocab, (*size, CANDIDATES), generator=generator, device=shape.device)
     rest = math.log(shape.vocab) + (NOISE * SPREAD) ** 2 / 2  # log Σ exp of the others
-    top = 2 + 6 * torch.rand((*size, 1), generator=generator, device=shape.device)
+    top = 3 + 6 * torch.rand((*size, 1), generator=generator, device=shape.device)
     wanted = rest + top - STEP * torch.arange(CANDIDATES, device=shape.device)
     noise = NOISE * inputs["hidden"].detach()
     states = torch.empty_like(noise)
@@ -91,6 +91,6 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [peaked_case(Shape(4, 16, 512, 64, device=device))]
     if device == "cpu":
-        return [peaked_case(Shape(8, 64, 32000, 256))]
+        return [peaked_case(Shape(8, 64, 32000, 1024))]
     made = partial(Shape, dtype="bf16", device=device)
     return [peaked_case(made(8, 1024, vocab, 4096)) for vocab in (128256, 151936)]
