@@ -211,8 +211,10 @@ def hidden_costs() -> Iterator[Cost]:
 
 def costs() -> list[Cost]:
     """Every case; the kernels must run in the interpreter (TRITON_INTERPRET=1)."""
+    from bench.sparse_cost import sparse_costs  # which is built from what stands above
+
     torch.manual_seed(0)
-    return [*logits_costs(), *token_costs(), *hidden_costs()]
+    return [*logits_costs(), *token_costs(), *hidden_costs(), *sparse_costs()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -228,7 +228,7 @@ def _wide_logits(out_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
 
 
 def _capacity(eps: float, capacity: int | None) -> int:
-    """Places per row: the given or the default number, no more than columns can have p > eps."""
+    """Places per row, the given or the default number. Not from eps: a new eps must not compile a kernel anew."""
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         _checks.refuse(
             "sparse_eps", "a probability in [0, 1), or None for the exact gradient", repr(eps), error=TypeError
@@ -239,8 +239,7 @@ def _capacity(eps: float, capacity: int | None) -> int:
         capacity = SPARSE_CAPACITY
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1 or capacity & (capacity - 1):
         _checks.refuse("sparse_capacity", "a power of two, the columns kept per row", repr(capacity))
-    most = int(1.001 / eps) + 2 if eps > 1e-9 else capacity  # with the target, and rounding in the sum of p
-    return min(capacity, 1 << (most - 1).bit_length())
+    return capacity
 
 
 def check_inplace(logits: Tensor) -> None:

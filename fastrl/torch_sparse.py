@@ -30,23 +30,20 @@ def sparsify(
 
     A row with more of them than `out` has room for, or with NaN, gets an empty list and the count C + 1."""
     n, vocab = logits.shape
-    capacity = out.columns.shape[1]
-    tokens = scoring.rows
+    tokens, capacity = scoring.rows, out.columns.shape[1]
     live = dlogp[tokens] != 0 if dentropy is None else (dlogp[tokens] != 0) | (dentropy[tokens] != 0)
     broken = scores.logp[tokens].isnan()
-    counts, dropped = torch.zeros_like(kept.number[tokens]), torch.zeros_like(kept.dropped[tokens])
+    list_columns = list_by_search if logits.device.type == "cpu" else list_by_position
+    counts, dropped = torch.empty_like(tokens, dtype=torch.int32), torch.empty_like(scores.logp[tokens])
     for here in _blocks(n, vocab, logits.device):
         p = _probabilities(logits[here], scoring, scores, tokens[here])
-        keep = ~(p <= eps)
-        keep.scatter_(1, scoring.ids[tokens[here], None].clamp(0, vocab - 1), True)
-        keep &= live[here, None]
-        counts[here] = keep.sum(1)
-        over = (counts[here] > capacity) | broken[here]
-        dropped[here] = p.masked_fill_(keep, 0).sum(1).masked_fill(over | ~live[here], 0)
-        counts[here] = counts[here].masked_fill(over, capacity + 1)
-        keep &= ~over[:, None]
-        (list_by_search if keep.device.type == "cpu" else list_by_position)(keep, out.columns[here])
-    kept.number[tokens], kept.dropped[tokens] = counts, dropped
+        targets = scoring.ids[tokens[here], None].clamp(0, vocab - 1)
+        counts[here] = list_columns((p > eps).scatter_(1, targets, True), p, out.columns[here])
+        dropped[here] = p.sum(1)
+    counts.masked_fill_(~live, 0).masked_fill_((counts > capacity) | broken, capacity + 1)
+    listed = (counts > 0) & (counts <= capacity)
+    kept.number[tokens], kept.dropped[tokens] = counts, dropped.masked_fill_(~listed, 0)
+    out.columns.masked_fill_(~listed[:, None], vocab)
     _differentiate_kept(logits, scoring, scores, dlogp, dentropy, out)
 
 
@@ -65,22 +62,31 @@ def _probabilities(logits: Tensor, scoring: Scoring, scores: RowScores, tokens: 
     return (u - scores.row_max[tokens, None]).mul_(factor).sub_(scores.log_sum[tokens, None]).exp_()
 
 
-def list_by_search(keep: Tensor, columns: Tensor) -> None:
-    """Write the set columns of every row, in order, into its list; the rest of the list becomes V."""
-    columns.fill_(keep.shape[1])
+def list_by_search(keep: Tensor, p: Tensor, columns: Tensor) -> Tensor:
+    """Write the set columns of every row, in order, into its list, as many as there is room for; the rest of the list
+    becomes V. Returns how many are set; their p becomes 0."""
+    (r, vocab), capacity = keep.shape, columns.shape[1]
     rows, found = keep.nonzero().unbind(1)
-    counts = keep.sum(1)
+    counts = torch.bincount(rows, minlength=r)
     place = torch.arange(rows.shape[0], device=keep.device) - (counts.cumsum(0) - counts)[rows]
-    columns[rows, place] = found.to(columns.dtype)
+    fits = place < capacity
+    columns.fill_(vocab)
+    columns[rows[fits], place[fits]] = found[fits].to(columns.dtype)
+    p[rows, found] = 0
+    return counts.to(columns.dtype)
 
 
-def list_by_position(keep: Tensor, columns: Tensor) -> None:
-    """The same without waiting for the device: what is not kept goes to one place more, which is dropped."""
+def list_by_position(keep: Tensor, p: Tensor, columns: Tensor) -> Tensor:
+    """The same without waiting for the device: what has no place goes to one place more, which is dropped."""
     vocab, capacity = keep.shape[1], columns.shape[1]
-    place = (keep.cumsum(1, dtype=torch.int32) - 1).masked_fill_(~keep, capacity)
+    place = keep.cumsum(1, dtype=torch.int32)
+    counts = place[:, -1].clone()
+    place = place.sub_(1).masked_fill_(~keep, capacity).clamp_max_(capacity)
     every = torch.arange(vocab, dtype=columns.dtype, device=keep.device).expand_as(place)
     longer = torch.full((keep.shape[0], capacity + 1), vocab, dtype=columns.dtype, device=keep.device)
     columns.copy_(longer.scatter_(1, place.long(), every)[:, :capacity])
+    p.masked_fill_(keep, 0)
+    return counts
 
 
 def _differentiate_kept(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import pytest
@@ -243,24 +242,17 @@ def test_lists_without_waiting_for_the_device():
     from fastrl import torch_sparse
 
     keep = torch.rand(9, 40) > 0.8
-    keep[3], keep[4] = False, keep[4].cumsum(0) < 9
-    room = int(keep.sum(1).max())
-    here, there = (torch.empty((9, room), dtype=torch.int32) for _ in range(2))
-    torch_sparse.list_by_search(keep, here)
-    torch_sparse.list_by_position(keep, there)
-    assert torch.equal(here, there)
-    assert all(row[row < 40].tolist() == k.nonzero()[:, 0].tolist() for row, k in zip(here, keep, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("eps", "given", "room"), [(0.1, None, 16), (1e-3, None, 256), (0.0, 1024, 1024), (0.6, 512, 4)]
-)
-def test_capacity(eps, given, room):
-    """No more places than columns can be above eps."""
-    from fastrl import inputs
-
-    assert inputs.hidden_options(torch.zeros(1, 1), None, None, eps, given).capacity == room
-    assert room >= min(math.floor(1 / eps) + 1 if eps else math.inf, given or inputs.SPARSE_CAPACITY)
+    keep[3] = False
+    room = int(keep.sum(1).max()) - 1  # too few for one row
+    results = []
+    for write in (torch_sparse.list_by_search, torch_sparse.list_by_position):
+        p, columns = torch.ones(9, 40), torch.empty((9, room), dtype=torch.int32)
+        results.append((write(keep, p, columns), p, columns))
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
+    counts, p, columns = results[0]
+    assert torch.equal(p == 0, keep) and torch.equal(counts, keep.sum(1, dtype=torch.int32))
+    assert all(row[row < 40].tolist() == k.nonzero()[:room, 0].tolist() for row, k in zip(columns, keep, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
