@@ -66,7 +66,7 @@ def logprobs_from_logits(
     flat_mask = inputs.flat_mask(mask)
     scoring = inputs.scoring(token_ids, flat_mask, logits.shape[-1], temperature, logits)
     params = autograd.ScoreParams(scoring, backends.of(logits, backend))
-    logps, entropy = autograd.ScoreLogits.apply(logits, params)
+    logps, entropy = autograd.score_logits(logits, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -95,7 +95,7 @@ def logprobs_from_hidden(
     hidden, weight, bias = inputs.check_hidden(hidden, head, token_ids)
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
     params = autograd.ScoreParams(scoring, backends.of(hidden, backend), inputs.buffer(buffer_bytes, hidden))
-    logps, entropy = autograd.ScoreHidden.apply(hidden, weight, bias, params)
+    logps, entropy = autograd.score_hidden(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -140,7 +140,7 @@ def policy_loss(
     )
     rows = logps.reshape(-1).to(dtype)
     entropy_rows = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, statistics = autograd.TokenLoss.apply(rows, entropy_rows, params)
+    loss, statistics = autograd.token_loss(rows, entropy_rows, params)
     measured = None if entropy is None else entropy.detach()
     metrics = _metrics(statistics, rollouts, flat, spec, entropy is not None)
     return LossOutput(loss, metrics, logps.detach(), measured)
@@ -181,7 +181,7 @@ def policy_loss_from_logits(
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, logits.shape[-1], temperature, logits),
         inplace=inplace,
     )
-    loss, statistics, scores = autograd.LogitsLoss.apply(logits, params)
+    loss, statistics, scores = autograd.logits_loss(logits, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
@@ -223,7 +223,7 @@ def policy_loss_from_hidden(
         buffer_bytes=inputs.buffer(buffer_bytes, hidden),
         row_counts=rollouts.row_counts,
     )
-    loss, statistics, scores = autograd.HiddenLoss.apply(hidden, weight, bias, params)
+    loss, statistics, scores = autograd.hidden_loss(hidden, weight, bias, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
