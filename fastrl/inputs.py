@@ -112,15 +112,16 @@ def check_rows(name: str, value: Tensor, token_ids: Tensor, last: str) -> None:
 
 
 def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on."""
+    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on; with a LoRA adapter on the
+    head H grows by its rank."""
     _checks.floating("hidden", hidden)
     if not isinstance(head, LMHead):
         _checks.refuse("head", "a fastrl.LMHead", head, "LMHead(weight, bias) or LMHead.from_model(model)", TypeError)
     check_rows("hidden", hidden, token_ids, "H")
-    weight, bias = head.weight, head.bias
-    if hidden.shape[-1] != weight.shape[1]:
-        _checks.refuse("hidden", f"H = {weight.shape[1]} as head.weight {tuple(weight.shape)}", hidden)
-    _checks.same_device("head.weight", weight, hidden.device, "hidden")
+    if hidden.shape[-1] != head.hidden_size:
+        _checks.refuse("hidden", f"H = {head.hidden_size} as head.weight", hidden)
+    _checks.same_device("head.weight", head.weight, hidden.device, "hidden")
+    weight, bias = head.whole()
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -128,7 +129,8 @@ def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tenso
     if hidden.dtype != weight.dtype:
         remedy = "cast one of them, or run under torch.autocast"
         _checks.refuse("hidden", f"dtype {weight.dtype} as head.weight", hidden, remedy, TypeError)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    hidden, weight = head.projection(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return hidden, weight, bias
 
 
 def scoring(

@@ -32,12 +32,6 @@ def grad(x):
     return x.clone().requires_grad_()
 
 
-def deepspeed_parameter():
-    weight = torch.nn.Parameter(torch.zeros(5, 4))
-    weight.ds_id = 0
-    return weight
-
-
 MISUSES = [
     # what is done, exception, the argument it must name, words of expectation and remedy
     ("unknown objective", lambda: LossSpec(objective="grpo"), ValueError, "objective", "'ppo_clip'", "function"),
@@ -148,7 +142,6 @@ MISUSES = [
     ("bias of another length", lambda: LMHead(torch.zeros(5, 4), torch.zeros(4)), ValueError, "bias", "(5,)", ""),
     ("softcap of zero", lambda: LMHead(torch.zeros(5, 4), softcap=0.0), ValueError, "softcap", "above 0", ""),
     ("negative scale", lambda: LMHead(torch.zeros(5, 4), logit_scale=-1.0), ValueError, "logit_scale", "above 0", ""),
-    ("partitioned weight", lambda: LMHead(deepspeed_parameter()), ValueError, "weight", "materialised", "Gathered"),
     ("meta weight", lambda: LMHead(torch.zeros(5, 4, device="meta")), ValueError, "weight", "materialised", ""),
     ("integer weight", lambda: LMHead(torch.zeros(5, 4, dtype=torch.int8)), TypeError, "weight", "floating", ""),
     ("model without a head", lambda: LMHead.from_model(torch.nn.Linear(2, 2)), ValueError, "model", "output embedding", "by hand"),

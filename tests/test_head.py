@@ -74,7 +74,7 @@ def test_an_unknown_transform_is_refused():
         fastrl.LMHead.from_model(Squashed(transformers.Qwen2Config(**SMALL)))
     recurrent = transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaForCausalLM
     with pytest.raises(ValueError, match=r"model: .*tanh"):
-        fastrl.head._refuse_unknown_transforms(recurrent)
+        fastrl.head_model._refuse_unknown_transforms(recurrent)
 
 
 def test_an_adapter_on_the_head_is_refused():
