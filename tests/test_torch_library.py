@@ -183,3 +183,23 @@ def test_promise_12_compile_fullgraph(backend, spec):
         for a, b in zip(got, torch.autograd.grad(eager, parameters), strict=True):
             close(a, b, ulps=400)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo warns of its own internals
+def test_the_critic_compiles_fullgraph():
+    """GAE and the value loss in one graph; an aggregation with a length of its own after one call outside."""
+
+    def critic_loss(values, rewards, mask, options):
+        advantages, returns = fastrl.gae(rewards, values.detach(), mask=mask, gamma=0.9, lam=0.8, backend="torch")
+        old = values.detach() + 0.3 * advantages
+        return fastrl.value_loss(values, returns, old_values=old, clip=0.2, mask=mask, **options)
+
+    norm = {"aggregation": "seq-mean-token-sum-norm", "max_length": 7}
+    for options in ({}, {"aggregation": "seq-mean-token-mean", "normalizer": 3.0}, norm):
+        torch._dynamo.reset()
+        values, rewards, mask = torch.randn(3, 5).requires_grad_(), torch.randn(3, 5), torch.rand(3, 5) > 0.2
+        eager = critic_loss(values, rewards, mask, options)
+        compiled = torch.compile(critic_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        loss = compiled(values, rewards, mask, options)
+        close(loss, eager, ulps=16)
+        close(*(torch.autograd.grad(x, values)[0] for x in (loss, eager)), ulps=16)
