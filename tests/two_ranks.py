@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastrl
@@ -155,6 +156,12 @@ def fsdp2(policy: Policy, *units: nn.Module, root: bool | None = None, outside: 
 TOKEN = fastrl.GRPO.replace(kl_coef=0.1, entropy_coef=0.02, aggregation="token-mean")
 
 
+SIZES = {
+    "hidden_size": H, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": V, "eos_token_id": 1,
+}  # fmt: skip
+
+
 class HuggingFace(Policy):
     """A Hugging Face model whose head is read by `from_model` inside of the wrapped forward."""
 
@@ -217,12 +224,27 @@ def special(mesh: Any) -> None:
     check("fsdp2, bf16", Policy(TOKEN, bias=True), lambda p: fsdp2(p, p.body, mesh=mesh, mp_policy=low), **bf16)
 
 
+def tensor_parallel(mesh: Any) -> None:
+    """A head in pieces on ranks that compute the same loss: the mean of equal gradients is the gradient."""
+    (ids, rollouts), _ = micro_batches(0, torch.float64)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(*ids.shape, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    leaf = weight.clone().requires_grad_()
+    fastrl.policy_loss_from_hidden(hidden, fastrl.LMHead(leaf), rollouts, TOKEN).loss.backward()
+    for placement in (Shard(0), Shard(1), Replicate()):
+        piece = nn.Parameter(distribute_tensor(weight, mesh, [placement]))
+        fastrl.policy_loss_from_hidden(hidden, fastrl.LMHead(piece), rollouts, TOKEN).loss.backward()
+        assert piece.grad.placements == piece.placements
+        hold(f"tensor parallel, {placement}", {"weight": piece.grad.full_tensor()}, {"weight": leaf.grad}, 1e-12)
+    with torch.no_grad():
+        scores = fastrl.logprobs_from_hidden(hidden, fastrl.LMHead(piece), rollouts.token_ids, mask=rollouts.mask)
+    assert not scores.logps.requires_grad
+
+
 def models(mesh: Any) -> None:
     from transformers import GraniteConfig, Qwen2Config
 
-    sizes = {"hidden_size": H, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "vocab_size": V, "eos_token_id": 1}
-    for config in (Qwen2Config(**sizes, tie_word_embeddings=True), GraniteConfig(**sizes, logits_scaling=2.0)):
+    for config in (Qwen2Config(**SIZES, tie_word_embeddings=True), GraniteConfig(**SIZES, logits_scaling=2.0)):
         policy = HuggingFace(TOKEN, config)
         check(f"fsdp2, {config.model_type}", policy, lambda p: fsdp2_method(p, mesh), tolerance=1e-6)
 
@@ -234,7 +256,7 @@ def run(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=timeout)
     try:
         mesh = init_device_mesh("cpu", (RANKS,))
-        for cases in (plain, special, models):
+        for cases in (plain, special, tensor_parallel, models):
             cases(mesh)
     finally:
         dist.destroy_process_group()
