@@ -178,6 +178,10 @@ def normalizer(normalizer: float | Tensor | None, spec: LossSpec, like: Tensor) 
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             _checks.refuse("normalizer", "a number or a 0-d tensor", normalizer)
+        if normalizer.dtype in (torch.bfloat16, torch.float16):
+            remedy = "half precision rounds a count of tokens; FSDP2's MixedPrecisionPolicy casts a tensor argument: "
+            remedy += "pass a Python number or an integer tensor"
+            _checks.refuse("normalizer", "an integer, float32 or float64 dtype", normalizer, remedy)
         _checks.no_grad_needed("normalizer", normalizer)
         if normalizer.device.type == "cpu":  # a copy from pageable memory would wait for the device; a fill does not
             return torch.full((), normalizer.item(), dtype=wide(like.dtype), device=like.device)

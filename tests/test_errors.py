@@ -117,6 +117,7 @@ MISUSES = [
     ("weights of another shape", lambda: Rollouts(IDS, advantages=ADV, rollout_weights=ADV), ValueError, "rollout_weights", "(2, 3)", ""),
     ("sampler with gradient", lambda: Rollouts(IDS, advantages=ADV, rollout_logps=grad(LOGPS)), ValueError, "rollout_logps", "", "detach"),
     ("normalizer of zero", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=0), ValueError, "normalizer", "above 0", ""),
+    ("normalizer in half precision", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=torch.tensor(3.0).bfloat16()), ValueError, "normalizer", "integer", "MixedPrecisionPolicy"),
     ("normalizer per token", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=LOGPS), ValueError, "normalizer", "0-d", ""),
     ("normalizer of token-sum", lambda: fastrl.policy_loss(LOGPS, GOOD, fastrl.PPO.replace(aggregation="token-sum"), normalizer=3), ValueError, "normalizer", "token-sum", "token-mean"),
     ("unknown backend", lambda: fastrl.policy_loss(LOGPS, GOOD, backend="cuda"), ValueError, "backend", "'triton'", ""),

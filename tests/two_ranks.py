@@ -219,9 +219,16 @@ def plain(mesh: Any) -> None:
 def special(mesh: Any) -> None:
     hybrid = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))
     check("hsdp, outside", Policy(TOKEN, bias=True), lambda p: fsdp2(p, root=True, outside=True, mesh=hybrid))
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    half: Any = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    low = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
     bf16 = {"dtype": torch.float32, "tolerance": 0.05}
     check("fsdp2, bf16", Policy(TOKEN, bias=True), lambda p: fsdp2(p, p.body, mesh=mesh, mp_policy=low), **bf16)
+    try:  # FSDP2 would cast the rollouts' log-probs and the normaliser to bfloat16, which must not pass unseen
+        check("cast", Policy(TOKEN), lambda p: fsdp2(p, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half)), **bf16)
+    except ValueError as error:
+        assert "field flat is declared" in str(error), error
+    else:
+        raise AssertionError("rollouts in half precision passed")
 
 
 def tensor_parallel(mesh: Any) -> None:
