@@ -66,7 +66,7 @@ def logprobs_from_logits(
     flat_mask = inputs.flat_mask(mask)
     scoring = inputs.scoring(token_ids, flat_mask, logits.shape[-1], temperature, logits)
     params = autograd.ScoreParams(scoring, backends.of(logits, backend))
-    logps, entropy = autograd.ScoreLogits.apply(logits, params)
+    logps, entropy = autograd.score_logits(logits, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -100,7 +100,7 @@ def logprobs_from_hidden(
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
     options = inputs.hidden_options(hidden, buffer_bytes, out_dtype)
     params = autograd.ScoreParams(scoring, backends.of(hidden, backend), options)
-    logps, entropy = autograd.ScoreHidden.apply(hidden, weight, bias, params)
+    logps, entropy = autograd.score_hidden(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -145,7 +145,7 @@ def policy_loss(
     )
     rows = logps.reshape(-1).to(dtype)
     entropy_rows = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, statistics = autograd.TokenLoss.apply(rows, entropy_rows, params)
+    loss, statistics = autograd.token_loss(rows, entropy_rows, params)
     measured = None if entropy is None else entropy.detach()
     metrics = _metrics(statistics, rollouts, flat, spec, entropy is not None)
     return LossOutput(loss, metrics, logps.detach(), measured)
@@ -186,7 +186,7 @@ def policy_loss_from_logits(
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, logits.shape[-1], temperature, logits),
         inplace=inplace,
     )
-    loss, statistics, scores = autograd.LogitsLoss.apply(logits, params)
+    loss, statistics, scores = autograd.logits_loss(logits, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
@@ -244,7 +244,7 @@ def policy_loss_from_hidden(
         options=inputs.hidden_options(hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap),
         row_counts=rollouts.row_counts,
     )
-    loss, statistics, scores = autograd.HiddenLoss.apply(hidden, weight, bias, params)
+    loss, statistics, scores = autograd.hidden_loss(hidden, weight, bias, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 

@@ -113,15 +113,16 @@ def check_rows(name: str, value: Tensor, token_ids: Tensor, last: str) -> None:
 
 
 def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on."""
+    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on; with a LoRA adapter on the
+    head H grows by its rank."""
     _checks.floating("hidden", hidden)
     if not isinstance(head, LMHead):
         _checks.refuse("head", "a fastrl.LMHead", head, "LMHead(weight, bias) or LMHead.from_model(model)", TypeError)
     check_rows("hidden", hidden, token_ids, "H")
-    weight, bias = head.weight, head.bias
-    if hidden.shape[-1] != weight.shape[1]:
-        _checks.refuse("hidden", f"H = {weight.shape[1]} as head.weight {tuple(weight.shape)}", hidden)
-    _checks.same_device("head.weight", weight, hidden.device, "hidden")
+    if hidden.shape[-1] != head.hidden_size:
+        _checks.refuse("hidden", f"H = {head.hidden_size} as head.weight", hidden)
+    _checks.same_device("head.weight", head.weight, hidden.device, "hidden")
+    weight, bias = head.whole()
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -129,7 +130,8 @@ def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tenso
     if hidden.dtype != weight.dtype:
         remedy = "cast one of them, or run under torch.autocast"
         _checks.refuse("hidden", f"dtype {weight.dtype} as head.weight", hidden, remedy, TypeError)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    hidden, weight = head.projection(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return hidden, weight, bias
 
 
 def scoring(
@@ -177,6 +179,10 @@ def normalizer(normalizer: float | Tensor | None, spec: LossSpec, like: Tensor) 
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             _checks.refuse("normalizer", "a number or a 0-d tensor", normalizer)
+        if normalizer.dtype in (torch.bfloat16, torch.float16):
+            remedy = "half precision rounds a count of tokens; FSDP2's MixedPrecisionPolicy casts a tensor argument: "
+            remedy += "pass a Python number or an integer tensor"
+            _checks.refuse("normalizer", "an integer, float32 or float64 dtype", normalizer, remedy)
         _checks.no_grad_needed("normalizer", normalizer)
         if normalizer.device.type == "cpu":  # a copy from pageable memory would wait for the device; a fill does not
             return torch.full((), normalizer.item(), dtype=wide(like.dtype), device=like.device)
