@@ -1,0 +1,227 @@
+"""fastrl in one trainer: `use_fastrl(trainer)`, and what the two subclasses call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer, RLOOTrainer
+
+from fastrl.adapters.trl import batch, config, entropy, metrics
+from fastrl.adapters.trl.scoring import HIDDEN, LEVELS, Finish, Scored, Scorer, base_model, with_logps
+from fastrl.functional import LossOutput, policy_loss_from_hidden, policy_loss_from_logits
+from fastrl.head import LMHead
+from fastrl.rollouts import Rollouts
+from fastrl.spec import LossSpec
+from fastrl.token_metrics import token_metrics
+
+TESTED = ((1, 16), (1, 17))
+"""TRL's versions, from the first up to but without the second."""
+_METHODS = ("_compute_loss", "_get_per_token_logps_and_entropies")
+_NOT_CALLED = ("get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")
+
+
+class Plugin:
+    """fastrl's loss and scoring in one `GRPOTrainer` or `RLOOTrainer`; made by `use_fastrl`, or by the subclasses.
+
+    Attributes:
+        trainer: the trainer.
+        level: "hidden" or "logits".
+        active: False after `restore()`.
+    """
+
+    def __init__(self, trainer: Any, level: str = HIDDEN) -> None:
+        self.kind = _kind(trainer)
+        self.trainer = trainer
+        self.trl: Any = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer}[self.kind]
+        self.level = level
+        self.active = True
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for an option that cannot be honoured, named."""
+        if self.level not in LEVELS:
+            raise ValueError(f"level: expected 'hidden' or 'logits', got {self.level!r}")
+        _say_version()
+        config.spec_from_config(self.trainer.args)
+        self.spec()
+        _check_overrides(self.trainer, self.trl, _NOT_CALLED)
+        if self.kind == "GRPO" and self.trainer.use_adaptive_entropy:
+            entropy.controller(self.trainer)
+        if self.level == HIDDEN:
+            self._check_hidden()
+        elif getattr(self.trainer.args, "cast_lm_head_to_fp32", False):
+            config.refuse("cast_lm_head_to_fp32", True, "use level='hidden': autocast would cast the logits back")
+
+    def _check_hidden(self) -> None:
+        remedy = "use level='logits', where the model applies its own head"
+        if self.trainer.is_fsdp_enabled:
+            config.refuse("fsdp", True, remedy)
+        plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            config.refuse("deepspeed", "zero_stage 3", remedy)
+        model = base_model(self.trainer.model, self.trainer.accelerator)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            config.refuse("device_map", model.hf_device_map, remedy)
+        if model.base_model is model:
+            config.refuse("model", type(model).__name__, f"it has no backbone of its own; {remedy}")
+        try:
+            LMHead.from_model(model)
+        except ValueError as error:
+            raise ValueError(f"{error}; or {remedy}") from None
+
+    def spec(self) -> LossSpec:
+        """The loss of the next step, from the trainer's options as they stand."""
+        trainer = self.trainer
+        if self.kind == "RLOO":
+            return config.rloo_spec(trainer.epsilon_low, trainer.epsilon_high)
+        if trainer.top_entropy_quantile < 1 and trainer.accelerator.num_processes > 1:
+            remedy = "train in one process: TRL's threshold is that of all processes, which this loss does not gather"
+            config.refuse("top_entropy_quantile", trainer.top_entropy_quantile, remedy)
+        return config.grpo_spec(config.options_of(trainer, batch.accumulation(trainer)))
+
+    def score(self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **options: Any) -> Any:
+        """TRL's `_get_per_token_logps_and_entropies`, which takes old and reference log-probs, by fastrl's scoring."""
+        if self.active:
+            finish = functools.partial(with_logps, self.trainer.temperature)
+            model = self._scorer(model, logits_to_keep, finish)
+        own = self.trl._get_per_token_logps_and_entropies
+        return own(self.trainer, model, input_ids, attention_mask, logits_to_keep, **options)
+
+    def _scorer(self, model: Any, keep: int, finish: Finish) -> Scorer:
+        float32 = getattr(self.trainer.args, "cast_lm_head_to_fp32", False)
+        return Scorer(model, base_model(model, self.trainer.accelerator), self.level, keep, finish, float32)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's `_compute_loss`: the scalar loss; the metrics are appended to the trainer's.
+
+        Raises:
+            ValueError: an input that is not known, or an option that is not honoured.
+        """
+        if not self.active:
+            return self.trl._compute_loss(self.trainer, model, inputs)
+        trainer, spec = self.trainer, self.spec()
+        rollouts = self._rollouts(inputs)
+        given = {"temperature": trainer.temperature, "normalizer": batch.normalizer(trainer, inputs, rollouts, spec)}
+        results: list[LossOutput] = []
+
+        def finish(rows: Tensor, head: LMHead | None, *_: Tensor) -> Scored:
+            if head is None:
+                results.append(policy_loss_from_logits(rows, rollouts, spec, **given))
+            else:
+                results.append(policy_loss_from_hidden(rows, head, rollouts, spec, **given))
+            return Scored(results[0].logps, results[0].entropy, loss=results[0].loss)
+
+        scorer = self._scorer(model, inputs["completion_ids"].shape[1], finish)
+        aux_loss = self._forward(scorer, inputs)
+        self._log(results[0], rollouts, spec)
+        return self._total(scorer.scored.loss, rollouts, aux_loss)
+
+    def _rollouts(self, inputs: dict[str, Any]) -> Rollouts:
+        if self.kind == "RLOO":
+            return batch.rloo_rollouts_from_batch(inputs)
+        trainer = self.trainer
+        corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+        # VESPO takes the ratio into its own weight wherever it is there.
+        return batch.rollouts_from_batch(inputs, weighted=None if trainer.loss_type == "vespo" else corrected)
+
+    def _forward(self, scorer: Scorer, inputs: dict[str, Any]) -> Tensor | None:
+        """TRL's own call of its model, with the scorer in its place; the router loss."""
+        _, _, aux_loss = self.trl._get_per_token_logps_and_entropies(
+            self.trainer,
+            scorer,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            scorer.keep,
+            compute_entropy=True,
+            compute_aux_loss=self.trainer.aux_loss_enabled,
+            **{key: inputs.get(key) for key in batch.FORWARD_KEYS},
+        )
+        return aux_loss
+
+    def _log(self, out: LossOutput, rollouts: Rollouts, spec: LossSpec) -> None:
+        tokens = token_metrics(out, rollouts, spec)
+        if self.kind == "GRPO" and self.trainer._entropy_bonus_enabled:
+            entropy.account(self.trainer, out, rollouts, spec, tokens)
+        metrics.log(self.trainer, out, rollouts, spec, tokens)
+
+    def _total(self, loss: Tensor, rollouts: Rollouts, aux_loss: Tensor | None) -> Tensor:
+        """The loss with what TRL adds to it: the router loss; RLOO's constant for empty completions."""
+        trainer = self.trainer
+        if self.kind == "RLOO":  # the ratio of no tokens is 1, their loss −A
+            empty = torch.where(rollouts.flat.lengths == 0, rollouts.flat.advantages, 0.0)
+            loss = loss - empty.sum().to(loss.dtype) / rollouts.num_sequences
+        if aux_loss is None:
+            return loss
+        metrics.append(trainer, {"aux_loss": trainer.accelerator.gather_for_metrics(aux_loss.detach()).mean()})
+        steps = batch.accumulation(trainer) if self.kind == "GRPO" else 1
+        return loss + trainer.router_aux_loss_coef * aux_loss / steps
+
+    def restore(self) -> None:
+        """Give the trainer TRL's own loss and scoring back. Does nothing the second time."""
+        self.active = False
+        if "_compute_loss" in vars(self.trainer):  # else a subclass of this package, whose methods ask `active`
+            for name in (*_METHODS, "fastrl"):
+                vars(self.trainer).pop(name)
+
+
+def use_fastrl(trainer: Any, *, level: str | None = None) -> Plugin:
+    """Give this trainer fastrl's loss and scoring: `_compute_loss` and `_get_per_token_logps_and_entropies` of the
+    instance, nothing of its class or its model. A second call returns the same `Plugin`.
+
+    Args:
+        trainer: a TRL `GRPOTrainer` or `RLOOTrainer`, or an instance of a subclass that leaves their loss as it is.
+        level: "hidden" takes the loss from hidden states without logits, "logits" from the model's own logits; None =
+            as it is, "hidden" at first.
+
+    Returns:
+        The plugin, whose `restore()` undoes it.
+
+    Raises:
+        TypeError: another kind of object.
+        ValueError: an option that is not honoured, or a method of the loss that a subclass has overridden, named.
+    """
+    plugin = vars(trainer).get("fastrl") if hasattr(trainer, "__dict__") else None
+    if isinstance(plugin, Plugin):
+        former, plugin.level = plugin.level, level or plugin.level
+        try:
+            plugin.check()
+        except ValueError:
+            plugin.level = former
+            raise
+        plugin.active = True
+        return plugin
+    plugin = Plugin(trainer, level or HIDDEN)
+    _check_overrides(trainer, plugin.trl, (*_METHODS, "compute_loss"))
+    trainer.fastrl = plugin
+    trainer._compute_loss = plugin.compute_loss
+    trainer._get_per_token_logps_and_entropies = plugin.score
+    return plugin
+
+
+def _kind(trainer: Any) -> str:
+    for kind, cls in (("GRPO", GRPOTrainer), ("RLOO", RLOOTrainer)):
+        if isinstance(trainer, cls):
+            return kind
+    raise TypeError(f"trainer: expected a trl.GRPOTrainer or trl.RLOOTrainer, got {type(trainer).__name__}")
+
+
+def _check_overrides(trainer: Any, trl: Any, names: tuple[str, ...]) -> None:
+    """Refuse a trainer that has its own version of a method which fastrl's loss replaces or does not call."""
+    for name in names:
+        own = getattr(type(trainer), name, None) is not getattr(trl, name, None)
+        if own or name in vars(trainer):
+            config.refuse(name, f"the override in {type(trainer).__name__}", "leave the method to TRL, or the loss")
+
+
+@functools.cache
+def _say_version() -> None:
+    """Warn, once, of a TRL version that was not tested."""
+    version = importlib.metadata.version("trl")
+    first, end = TESTED
+    if not first <= tuple(map(int, version.split(".")[:2])) < end:
+        span = ">= {}.{}, < {}.{}".format(*first, *end)
+        config.logger.warning("fastrl.adapters.trl was tested with trl %s; this is trl %s", span, version)
