@@ -73,7 +73,8 @@ def spec_from_config(args: Any) -> LossSpec:
     """The `LossSpec` of a `GRPOConfig` or `RLOOConfig`, as it is at the first step with one accumulation step.
 
     loss_type, importance_sampling_level, epsilon, epsilon_high, delta, beta, use_bias_correction_kl, entropy_coef,
-    top_entropy_quantile, off_policy_mask_threshold, sapo_*, vespo_* and max_completion_length (dr_grpo) are in it. The denominator, the temperature, vLLM's importance ratio and the router loss are arguments of the call. The
+    top_entropy_quantile, off_policy_mask_threshold, sapo_*, vespo_* and max_completion_length (dr_grpo) are in it.
+    The denominator, the temperature, vLLM's importance ratio and the router loss are arguments of the call. The
     log-ratio is held to ±20 before exp, which TRL does not do; inside the bound the loss is the same.
 
     Raises:

@@ -83,13 +83,15 @@ class Plugin:
             config.refuse("top_entropy_quantile", trainer.top_entropy_quantile, remedy)
         return config.grpo_spec(config.options_of(trainer, batch.accumulation(trainer)))
 
-    def score(self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **options: Any) -> Any:
+    def score(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *more: Any, **options: Any
+    ) -> Any:
         """TRL's `_get_per_token_logps_and_entropies`, which takes old and reference log-probs, by fastrl's scoring."""
         if self.active:
             finish = functools.partial(with_logps, self.trainer.temperature)
             model = self._scorer(model, logits_to_keep, finish)
         own = self.trl._get_per_token_logps_and_entropies
-        return own(self.trainer, model, input_ids, attention_mask, logits_to_keep, **options)
+        return own(self.trainer, model, input_ids, attention_mask, logits_to_keep, *more, **options)
 
     def _scorer(self, model: Any, keep: int, finish: Finish) -> Scorer:
         float32 = getattr(self.trainer.args, "cast_lm_head_to_fp32", False)

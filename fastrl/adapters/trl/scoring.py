@@ -120,7 +120,7 @@ def completion_rows(name: str, values: Tensor, keep: int, *lengths: int) -> Tens
 
 
 def router_loss(base: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor:
-    """The load-balancing loss of a mixture of experts, by transformers' function, as the model's own forward takes it."""
+    """The load-balancing loss of a mixture of experts, by transformers' function, as the model's forward has it."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = base.config.get_text_config()
