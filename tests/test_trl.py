@@ -35,7 +35,7 @@ AXES = {
     "advantages": ["(B,)", "(B, 1)", "(B, T)"],
     "train": [True, False],
 }
-DRAWS = 120  # per loss type
+DRAWS = 160  # per loss type
 
 
 def draws(loss_type: str) -> list[dict]:
@@ -93,7 +93,11 @@ def inputs_of(point):
         ratio = ratio.masked_fill(ratio > 1.2, 0.0)
     if point["correction"] != "none":
         inputs["importance_sampling_ratio"] = ratio
-    for name, axis in {"sampling_per_token_logps": "sampled", "tool_mask": "tools", "old_per_token_logps": "old"}.items():
+    for name, axis in {
+        "sampling_per_token_logps": "sampled",
+        "tool_mask": "tools",
+        "old_per_token_logps": "old",
+    }.items():
         if not point[axis]:
             del inputs[name]
     if point["kl"] == "none":
@@ -114,3 +118,145 @@ def test_same_batch_same_loss(loss_type):
         if found:
             wrong[str(point)] = found
     assert not wrong, wrong
+
+
+EVERYTHING = {
+    "loss_type": "dapo",
+    "importance_sampling_level": "token",
+    "clip": "delta",
+    "kl": "bias-corrected",
+    "entropy": "static",
+    "top_entropy_quantile": 0.7,
+    "off_policy_mask_threshold": 0.05,
+    "correction": "token",
+    "sampled": True,
+    "tools": True,
+    "old": True,
+    "accumulation": (4, 2),
+    "advantages": "(B, T)",
+    "train": True,
+}
+SPECS = {  # what an adapter could forget
+    "delta": {"delta": None},
+    "kl": {"kl_coef": 0.0, "kl_gradient": "plain"},
+    "bias-correction": {"kl_gradient": "plain"},
+    "entropy": {"entropy_coef": 0.0, "entropy_aggregation": None},
+    "entropy-aggregation": {"entropy_aggregation": None},
+    "quantile": {"top_entropy_quantile": 1.0},
+    "off-policy": {"off_policy_threshold": None},
+    "level": {"ratio_level": "sequence"},
+    "clip": {"epsilon_high": 0.3},
+}
+
+
+@pytest.mark.parametrize("forgotten", [*SPECS, "normalizer", "tool_mask", "importance_sampling_ratio", "nothing"])
+def test_the_comparison_sees_an_option_that_is_forgotten(forgotten, monkeypatch):
+    from fastrl.adapters.trl import batch as adapter
+    from fastrl.adapters.trl import config
+
+    it = trainer()
+    configure(it, EVERYTHING)
+    if forgotten in SPECS:
+        mapped = config.grpo_spec
+        monkeypatch.setattr(config, "grpo_spec", lambda options: mapped(options).replace(**SPECS[forgotten]))
+    elif forgotten == "normalizer":
+        monkeypatch.setattr(adapter, "normalizer", lambda *_: None)
+    elif forgotten != "nothing":
+        taken = adapter.rollouts_from_batch
+        without = {"tool_mask": None} if forgotten == "tool_mask" else {"importance_sampling_ratio": torch.ones(B, T)}
+        monkeypatch.setattr(adapter, "rollouts_from_batch", lambda inputs, **kw: taken({**inputs, **without}, **kw))
+    found = differences(*both(it, inputs_of(EVERYTHING)))
+    assert bool(found) == (forgotten != "nothing"), found
+
+
+@functools.cache
+def rloo():
+    return trl_common.trainer(trl.RLOOTrainer, trl_common.model(), gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+@pytest.mark.parametrize("epsilon", [(0.2, 0.2), (0.1, 0.9), (1.5, 0.05)])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_rloo(epsilon, train, level):
+    """One ratio for a completion, the product over its tokens; empty completions add their −A."""
+    it = rloo()
+    it.epsilon_low, it.epsilon_high = epsilon
+    inputs = scored_batch(it)
+    names = ("tool_mask", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
+    inputs = {name: value for name, value in inputs.items() if name not in (*names, "importance_sampling_ratio")}
+    assert differences(*both(it, inputs, train, level)) == []
+
+
+def test_rloo_keeps_the_sum_of_long_completions():
+    """The share of a token is rounded, their sum is not: with 5,000 tokens the ratio keeps six digits."""
+    from fastrl.adapters.trl import rloo_rollouts_from_batch
+
+    g, n = torch.Generator().manual_seed(0), 5000
+    old = -3 * torch.rand(2, n, generator=g)
+    ids, mask = torch.zeros(2, n).long(), (torch.rand(2, n, generator=g) < 0.9).long()
+    inputs = {
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": torch.ones(2),
+        "old_logps": (old * mask).sum(1),
+    }
+    spread = rloo_rollouts_from_batch(inputs).old_logps
+    assert not spread[mask == 0].any()
+    error = (spread.double() * mask).sum(1) - inputs["old_logps"].double()
+    assert error.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cls", [trl.GRPOTrainer, trl.RLOOTrainer])
+def test_a_batch_without_tokens_has_a_loss_to_differentiate(cls):
+    it = trainer() if cls is trl.GRPOTrainer else rloo()
+    if cls is trl.GRPOTrainer:
+        configure(it, EVERYTHING | {"loss_type": "grpo"})
+        inputs = inputs_of(EVERYTHING)
+    else:
+        inputs = {n: v for n, v in scored_batch(it).items() if n in ("prompt_ids", "prompt_mask", "completion_ids")}
+        inputs |= {"advantages": torch.linspace(-1.0, 0.6, B), "old_logps": torch.zeros(B)}
+    inputs["completion_mask"] = torch.zeros(B, T).long()
+    theirs, ours = both(it, inputs)
+    assert torch.isfinite(ours.loss) and differences(theirs, ours) == []
+
+
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+def test_on_policy_ratio_is_one_to_the_bit(level):
+    """Old log-probs are taken by the code of the loss, in batches of another size too."""
+    it = trainer()
+    configure(
+        it, EVERYTHING | {"entropy": "none", "kl": "none", "correction": "none", "off_policy_mask_threshold": None}
+    )
+    plugin = use_fastrl(it, level=level)
+    inputs = {name: value for name, value in batch().items() if not name.endswith("logps") and "ratio" not in name}
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        old, entropy, aux_loss = it._get_per_token_logps_and_entropies(it.model, ids, attention, T, 3)
+    inputs["old_per_token_logps"] = old
+    result = run(it, inputs)
+    plugin.restore()
+    assert entropy is None and aux_loss is None
+    assert result.metrics["fastrl/ratio_min"] == result.metrics["fastrl/ratio_max"] == 1.0
+    theirs, _, _ = it._get_per_token_logps_and_entropies(it.model, ids, attention, T, 3)
+    torch.testing.assert_close(old, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_of_our_own():
+    it = trainer()
+    configure(it, EVERYTHING)
+    _, ours = both(it, inputs_of(EVERYTHING))
+    assert {"fastrl/ratio_mean", "fastrl/approx_kl", "fastrl/rollout_weight_mean", "fastrl/tokens"} <= set(ours.metrics)
+    inputs = inputs_of(EVERYTHING)
+    assert ours.metrics["fastrl/tokens"] == (inputs["completion_mask"] * inputs["tool_mask"]).sum()
+
+
+@pytest.mark.parametrize("cls", ["GRPOTrainer", "RLOOTrainer"])
+def test_the_temperature_is_that_of_the_config(cls):
+    it = trl_common.trainer(getattr(trl, cls), trl_common.model(), temperature=0.7)
+    inputs = scored_batch(it)
+    drop = ["old_logps", "importance_sampling_ratio", "ref_per_token_logps"]
+    if cls == "RLOOTrainer":
+        drop = [name for name in inputs if name.endswith("token_logps")] + ["tool_mask", "importance_sampling_ratio"]
+    inputs = {name: value for name, value in inputs.items() if name not in drop}
+    assert differences(*both(it, inputs)) == []

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastrl.adapters.trl import use_fastrl
 
-VOCAB, B, P, T = 40, 4, 3, 6
-LENGTHS = (6, 4, 1, 0)  # the last completion is empty
+VOCAB, B, P, T = 40, 6, 3, 8
+LENGTHS = (8, 7, 5, 3, 1, 0)  # the last completion is empty
+SEED = 1
 SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -87,11 +88,11 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
 def scored_batch(it: Any, **forward: Any) -> dict[str, Any]:
     """A batch as TRL scores it, with everything that it may hold; log-probs of other policies are the model's own with
     noise. `forward` is passed to the model (a vision-language one)."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(2, VOCAB, (B, P), generator=g)
     completion = torch.randint(2, VOCAB, (B, T), generator=g)
     mask = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).long()
-    prompt_mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 1]])
+    prompt_mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]]).repeat(2, 1)
     ids, attention = torch.cat([prompt, completion], 1), torch.cat([prompt_mask, mask], 1)
     with torch.no_grad():
         logps, _, _ = it._get_per_token_logps_and_entropies(it.model, ids, attention, T, **forward)
@@ -104,8 +105,8 @@ def scored_batch(it: Any, **forward: Any) -> dict[str, Any]:
         "prompt_mask": prompt_mask,
         "completion_ids": completion,
         "completion_mask": mask,
-        "tool_mask": torch.tensor([[1, 0, 1, 1, 0, 1]] * B),
-        "advantages": torch.tensor([1.3, -0.7, 0.4, -2.0]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]]).repeat(3, 1),
+        "advantages": torch.tensor([1.3, -0.7, 0.4, -1.9, 0.6, -2.0]),
         "num_items_in_batch": torch.tensor(29.0),
         "old_per_token_logps": logps + noise[0],
         "ref_per_token_logps": logps + noise[1],
