@@ -43,7 +43,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(name: str = "Qwen2", **extra: Any) -> Any:
     """A causal language model with a head peaked enough for ratios and entropies to vary."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **extra})
+    text = "TextConfig" if name == "Gemma3" else "Config"
+    config = getattr(transformers, name + text)(**{**SMALL, **extra})
     it = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in it.get_output_embeddings().parameters():
@@ -85,12 +86,18 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
     return it
 
 
-def scored_batch(it: Any, **forward: Any) -> dict[str, Any]:
+IMAGE = 39  # the placeholder's id, which only prompts hold
+
+
+def scored_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
     """A batch as TRL scores it, with everything that it may hold; log-probs of other policies are the model's own with
-    noise. `forward` is passed to the model (a vision-language one)."""
+    noise. `images` is what a vision-language model gets besides; every prompt then ends with a placeholder."""
+    forward = images or {}
     g = torch.Generator().manual_seed(SEED)
-    prompt = torch.randint(2, VOCAB, (B, P), generator=g)
-    completion = torch.randint(2, VOCAB, (B, T), generator=g)
+    prompt = torch.randint(2, 36, (B, P), generator=g)
+    completion = torch.randint(2, 36, (B, T), generator=g)
+    if images:
+        prompt[:, -1] = IMAGE
     mask = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).long()
     prompt_mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]]).repeat(2, 1)
     ids, attention = torch.cat([prompt, completion], 1), torch.cat([prompt_mask, mask], 1)
@@ -123,14 +130,14 @@ class Result(NamedTuple):
     metrics: dict[str, float]
 
 
-def run(it: Any, inputs: dict[str, Any], train: bool = True, model: Any = None) -> Result:
+def run(it: Any, inputs: dict[str, Any], train: bool = True, through: Any = None) -> Result:
     """The loss of the trainer as it stands, its gradients in every parameter, and what it logged."""
     it.model.train(train)
     it.model.zero_grad()
     for log in it._metrics.values():
         log.clear()
     with torch.set_grad_enabled(train):
-        loss = it._compute_loss(it.model if model is None else model, dict(inputs))
+        loss = it._compute_loss(it.model if through is None else through, dict(inputs))
     if train:
         loss.backward()
     named = it.model.named_parameters()
@@ -139,16 +146,18 @@ def run(it: Any, inputs: dict[str, Any], train: bool = True, model: Any = None) 
     return Result(loss.detach(), gradients, {name: values[-1] for name, values in logged.items()})
 
 
-def both(it: Any, inputs: dict[str, Any], train: bool = True, level: str = "hidden") -> tuple[Result, Result]:
-    """(TRL's, fastrl's) on one trainer, from the same state of the adaptive entropy bonus."""
+def both(
+    it: Any, inputs: dict[str, Any], train: bool = True, level: str = "hidden", through: Any = None
+) -> tuple[Result, Result]:
+    """(TRL's, fastrl's) on one trainer, from the same state of the adaptive entropy bonus; `through`: its model, wrapped."""
     names = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
     state = {name: getattr(it, name) for name in names if hasattr(it, name)}
-    theirs = run(it, inputs, train)
+    theirs = run(it, inputs, train, through)
     after = {name: getattr(it, name) for name in state}
     vars(it).update(state)
     plugin = use_fastrl(it, level=level)
     try:
-        ours = run(it, inputs, train)
+        ours = run(it, inputs, train, through)
     finally:
         plugin.restore()
     for name, value in after.items():
