@@ -111,7 +111,10 @@ def normalizer(trainer: Any, inputs: dict[str, Any], rollouts: Rollouts, spec: L
 
 def accumulation(trainer: Any) -> int:
     """The micro-batches of this optimizer step; 1 in evaluation."""
-    return trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+    if not trainer.model.training:
+        return 1
+    # transformers sets the attribute when training starts
+    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
 
 
 def trainer_kind(trainer: Any) -> str:
