@@ -12,7 +12,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from fastrl.adapters.trl import use_fastrl
 
@@ -81,6 +81,7 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
         processing_class=tokenizer(),
         **given,
     )
+    it.remove_callback(PrinterCallback)
     it.current_gradient_accumulation_steps = it.args.gradient_accumulation_steps
     it.model.train()
     return it
