@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +17,7 @@ pytest.importorskip("datasets", reason="needs datasets")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 import trl_common  # noqa: E402
+import trl_two_processes  # noqa: E402
 
 from fastrl.adapters.trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 
@@ -85,3 +92,46 @@ def test_same_curves(name, folder):
     assert max(entry["clip_ratio/region_mean"] for entry in ours) > 0.01
     rewards = [entry["reward"] for entry in ours if "reward" in entry]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5, "the task is learnt"
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """(findings, gradients and metrics) of both ranks, over gloo on the CPU."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parent / "trl_two_processes.py"
+    paths = os.pathsep.join(map(str, (script.parent, script.parents[1], script.parents[1] / "kernels")))
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}}
+        command = [sys.executable, "-W", "ignore", str(script), str(folder)]
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_train_as_with_trls_loss(two_processes):
+    for findings, _ in two_processes:
+        refused = findings.pop("quantile")
+        assert refused.startswith("top_entropy_quantile: ") and "one process" in refused
+        assert findings == {name: [] for name in findings} and len(findings) == 2 * len(trl_two_processes.OPTIONS)
+
+
+@pytest.mark.parametrize("name", trl_two_processes.INDEPENDENT)
+def test_two_processes_are_one(name, two_processes):
+    """The averaged gradient, and the metrics, are those of one process on the whole batch."""
+    (_, ranks), (_, others) = two_processes
+    it = trl_two_processes.build(name)
+    _, whole = trl_common.both(it, trl_two_processes.batch(name, it))
+    gradients, metrics = ranks[name]
+    scale = max(g.abs().max() for g in whole.gradients.values())
+    for parameter, gradient in whole.gradients.items():
+        key = f"module.{parameter}" if f"module.{parameter}" in gradients else parameter
+        assert (gradients[key] - gradient).abs().max() <= 2e-5 * scale, parameter
+        assert torch.equal(gradients[key], others[name][0][key])
+    for metric, value in whole.metrics.items():
+        assert metrics[metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
