@@ -73,13 +73,17 @@ def train(cls, folder, **options):
     settings = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "top_k": 0, "seed": 3}
     it = trl_common.trainer(cls, policy, reward=even_tokens, rows=64, **settings | options)
     it.train()
-    return [entry for entry in it.state.log_history if "entropy" in entry]
+    log = [entry for entry in it.state.log_history if "entropy" in entry]
+    torch.manual_seed(4)
+    it.evaluate()
+    return log, it.state.log_history[-1]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_same_curves(name, folder):
     kind, options = RUNS[name]
-    theirs, ours = train(THEIRS[kind], folder, **options), train(OURS[kind], folder, **options)
+    theirs, evaluated = train(THEIRS[kind], folder, **options)
+    ours, evaluation = train(OURS[kind], folder, **options)
     assert len(theirs) == len(ours) == STEPS
     assert [entry.keys() for entry in theirs] == [
         {key for key in entry if not key.startswith("fastrl/")} for entry in ours
@@ -92,6 +96,22 @@ def test_same_curves(name, folder):
     assert max(entry["clip_ratio/region_mean"] for entry in ours) > 0.01
     rewards = [entry["reward"] for entry in ours if "reward" in entry]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5, "the task is learnt"
+    for metric in ("eval_loss", "eval_entropy", "eval_reward", *(["eval_kl"] if "eval_kl" in evaluated else [])):
+        assert evaluation[metric] == pytest.approx(evaluated[metric], rel=1e-4, abs=1e-6), metric
+
+
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+def test_under_torch_compile(level, folder):
+    """The backbone is one graph, compiled once, and the curve stays."""
+    options = {"max_steps": 8, "num_iterations": 2, "level": level}
+    eager, _ = train(GRPOTrainer, folder, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, _ = train(GRPOTrainer, folder, torch_compile=True, torch_compile_backend="eager", **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(eager, compiled, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)
+        assert b["fastrl/ratio_max"] == pytest.approx(a["fastrl/ratio_max"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +138,7 @@ def test_two_processes_train_as_with_trls_loss(two_processes):
     for findings, _ in two_processes:
         refused = findings.pop("quantile")
         assert refused.startswith("top_entropy_quantile: ") and "one process" in refused
-        assert findings == {name: [] for name in findings} and len(findings) == 2 * len(trl_two_processes.OPTIONS)
+        assert findings == {name: [] for name in findings} and len(findings) == 2 * len(trl_two_processes.OPTIONS) + 2
 
 
 @pytest.mark.parametrize("name", trl_two_processes.INDEPENDENT)
@@ -130,8 +150,7 @@ def test_two_processes_are_one(name, two_processes):
     gradients, metrics = ranks[name]
     scale = max(g.abs().max() for g in whole.gradients.values())
     for parameter, gradient in whole.gradients.items():
-        key = f"module.{parameter}" if f"module.{parameter}" in gradients else parameter
-        assert (gradients[key] - gradient).abs().max() <= 2e-5 * scale, parameter
-        assert torch.equal(gradients[key], others[name][0][key])
+        assert (gradients[parameter] - gradient).abs().max() <= 2e-5 * scale, parameter
+        assert torch.equal(gradients[parameter], others[name][0][parameter])
     for metric, value in whole.metrics.items():
         assert metrics[metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric

@@ -63,6 +63,7 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
     settings = {
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": B,
+        "per_device_eval_batch_size": B,
         "num_generations": B,
         "max_completion_length": T,
         "beta": 0.0,  # else it would load its reference model from a hub
@@ -78,6 +79,7 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
         reward_funcs=reward,
         args=config(**settings | options),
         train_dataset=Dataset.from_dict({"prompt": ["t2 t3"] * rows}),
+        eval_dataset=Dataset.from_dict({"prompt": ["t4 t3"]}),
         processing_class=tokenizer(),
         **given,
     )

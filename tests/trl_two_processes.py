@@ -24,10 +24,10 @@ INDEPENDENT = ("gspo", "dapo", "vespo", "luspo", "rloo")
 """Whose loss does not depend on how the batch is split; an entropy bonus is TRL's mean over each process."""
 
 
-def build(name, **options):
+def build(name, tied=False, **options):
     """The trainer of a case, without a reference model, and its options set."""
     cls = trl.RLOOTrainer if name == "rloo" else trl.GRPOTrainer
-    it = trl_common.trainer(cls, trl_common.model(), **options)
+    it = trl_common.trainer(cls, trl_common.model(tie_word_embeddings=tied), **options)
     for option, value in OPTIONS[name].items():
         setattr(it.args if option == "delta" else it, option, value)
     it._entropy_bonus_enabled = bool(OPTIONS[name].get("entropy_coef"))
@@ -47,6 +47,24 @@ def part(inputs, rank):
     return {name: value[rank::2] if value.ndim else value for name, value in inputs.items()}
 
 
+def sharded(tied):
+    """What differs between TRL's loss under DDP and ours under FSDP2, whose head is gathered inside the forward."""
+    name, found = "dapo", []
+    it = build(name, tied=tied)
+    rank, inputs = it.accelerator.process_index, batch(name, it)
+    theirs, _ = trl_common.both(it, part(inputs, rank), through=it.accelerator.prepare(it.model))
+    it = build(name, tied=tied)
+    plugin, mesh = use_fastrl(it), torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in it.model.model.layers:
+        torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    torch.distributed.fsdp.fully_shard(it.model, mesh=mesh)
+    for plugin.level in ("hidden", "logits"):
+        ours = trl_common.run(it, part(inputs, rank))
+        whole = {name: gradient.full_tensor() for name, gradient in ours.gradients.items()}
+        found += trl_common.differences(theirs, ours._replace(gradients=whole))
+    return found
+
+
 def main(folder: Path) -> None:
     findings, results = {}, {}
     for name in OPTIONS:
@@ -58,6 +76,8 @@ def main(folder: Path) -> None:
             theirs, ours = trl_common.both(it, part(inputs, rank), level=level, through=wrapped)
             findings[f"{name}-{level}"] = trl_common.differences(theirs, ours)
         results[name] = ours.gradients, ours.metrics
+    for tied in (False, True):
+        findings[f"fsdp2-tied-{tied}"] = sharded(tied)
     it = build("grpo")
     it.top_entropy_quantile = 0.5
     try:

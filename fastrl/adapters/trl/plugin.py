@@ -58,8 +58,8 @@ class Plugin:
 
     def _check_hidden(self) -> None:
         remedy = "use level='logits', where the model applies its own head"
-        if self.trainer.is_fsdp_enabled:
-            config.refuse("fsdp", True, remedy)
+        if self.trainer.is_fsdp_enabled and not self.trainer.accelerator.is_fsdp2:
+            config.refuse("fsdp", "version 1", f"set fsdp_config={{'version': 2}}; or {remedy}")
         plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
             config.refuse("deepspeed", "zero_stage 3", remedy)

@@ -84,12 +84,15 @@ class Scorer:
         length = (inputs["inputs_embeds"] if ids is None else ids).shape[1]  # embeddings: with virtual tokens
         hidden = completion_rows("hidden", outputs.last_hidden_state, self.keep, length)
         aux_loss = router_loss(self.base, outputs, inputs) if inputs.get("output_router_logits") else None
-        with self._head_precision(hidden):
-            hidden = hidden.float() if self.float32_head else hidden
-            return end(hidden, LMHead.from_model(self.base))._replace(aux_loss=aux_loss)
+        return self._finished(end, hidden)._replace(aux_loss=aux_loss)
 
-    def _head_precision(self, hidden: Tensor) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(hidden.device.type, enabled=False) if self.float32_head else contextlib.nullcontext()
+    @torch.compiler.disable  # under torch_compile the backbone is one graph; what follows has kernels of its own
+    def _finished(self, end: Callable[[Tensor, LMHead | None], Scored], hidden: Tensor) -> Scored:
+        head = LMHead.from_model(self.base)
+        if not self.float32_head:
+            return end(hidden, head)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return end(hidden.float(), head)
 
 
 @contextlib.contextmanager
