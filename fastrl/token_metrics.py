@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import inputs, reference
+from fastrl.advantages import token_advantages
 from fastrl.functional import LossOutput
 from fastrl.objectives import vespo_weight
 from fastrl.rollouts import Rollouts
@@ -47,7 +48,8 @@ def token_metrics(out: LossOutput, rollouts: Rollouts, spec: LossSpec) -> TokenM
         flags = definition.flags(terms, spec)
         low, high = shaped(flags.low & batch.valid), shaped(flags.high & batch.valid)
     if spec.objective == "vespo":
-        weight = shaped(vespo_weight(terms, spec))
+        every = token_advantages(flat, spec, logps.dtype)  # those of masked tokens too, which `terms` has at 0
+        weight = shaped(vespo_weight(terms._replace(advantages=every), spec))
     if spec.top_entropy_quantile < 1:
         kept = shaped((batch.selected != 0) & batch.valid)
     return TokenMetrics(low, high, weight, kept)

@@ -115,7 +115,7 @@ def scored_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any
         "prompt_mask": prompt_mask,
         "completion_ids": completion,
         "completion_mask": mask,
-        "tool_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]]).repeat(3, 1),
+        "tool_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 1, 1]]).repeat(3, 1),
         "advantages": torch.tensor([1.3, -0.7, 0.4, -1.9, 0.6, -2.0]),
         "num_items_in_batch": torch.tensor(29.0),
         "old_per_token_logps": logps + noise[0],
