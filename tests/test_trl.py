@@ -242,6 +242,14 @@ def test_on_policy_ratio_is_one_to_the_bit(level):
     torch.testing.assert_close(old, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
+def test_an_infinite_bound_is_none(loss_type):
+    it = trainer()
+    configure(it, EVERYTHING | {"loss_type": loss_type, "clip": "0.2"})
+    it.epsilon_high, it.epsilon_low = float("inf"), 1.5
+    assert differences(*both(it, inputs_of(EVERYTHING))) == []
+
+
 def test_metrics_of_our_own():
     it = trainer()
     configure(it, EVERYTHING)

@@ -125,6 +125,17 @@ def test_bf16_autocast(level, head):
         assert differences(theirs, ours, rtol=1e-4) == []
 
 
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+def test_fp16_autocast(level):
+    it, exact = (build(trl.GRPOTrainer, model("Qwen2"), loss_type="bnpo") for _ in range(2))
+    inputs = grpo_batch(it)
+    truth, _ = both(exact, inputs)
+    with torch.autocast("cpu", torch.float16):
+        theirs, ours = both(it, inputs, level=level)
+    for mine, other in zip(error(ours, truth), error(theirs, truth), strict=True):
+        assert mine <= 1.5 * other + 1e-3, (mine, other)
+
+
 def test_bf16_weights():
     it = build(trl.GRPOTrainer, model("Qwen2").bfloat16())
     theirs, ours = both(it, grpo_batch(it))

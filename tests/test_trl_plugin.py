@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +299,15 @@ def test_delta_without_effect_is_said(caplog):
     assert [record.message for record in caplog.records if record.name == "fastrl"] == [
         "delta has no effect with loss_type 'sapo', in TRL's loss and in this one"
     ]
+
+
+def test_code_of_the_documentation_runs():
+    page = Path(__file__).parent.parent / "docs" / "trl.md"
+    namespace = {"trainer": trainer(trl.GRPOTrainer, model())}
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+    for block in blocks:
+        exec(block, namespace)
+    assert len(blocks) == 2 and namespace["GRPOTrainer"] is GRPOTrainer and not namespace["used"].active
 
 
 def test_public_names():

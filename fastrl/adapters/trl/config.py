@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any, NamedTuple
 
 from fastrl.adapters.trl.fields import check_fields
@@ -130,6 +131,11 @@ def _lower(epsilon: float) -> float | None:
     return None if isinstance(epsilon, float | int) and epsilon > 1 else epsilon
 
 
+def _upper(bound: float | None) -> float | None:
+    """Infinity is no bound."""
+    return None if bound == math.inf else bound
+
+
 @_named_as_in_trl
 def grpo_spec(options: Options) -> LossSpec:
     """The spec of these options."""
@@ -152,12 +158,13 @@ def grpo_spec(options: Options) -> LossSpec:
 
 def _objective(o: Options) -> dict[str, Any]:
     """The objective and its own numbers. TRL reads delta and epsilon only where its loss clips."""
+    high = _upper(o.epsilon_high)
     if o.loss_type in _CLIPPED:
-        return {"epsilon_low": _lower(o.epsilon_low), "epsilon_high": o.epsilon_high, "delta": o.delta}
+        return {"epsilon_low": _lower(o.epsilon_low), "epsilon_high": high, "delta": _upper(o.delta)}
     if o.delta is not None:
         _say_delta_is_not_read(o.loss_type)
     if o.loss_type == "cispo":  # its epsilon_high is the bound itself
-        return {"objective": "cispo", "epsilon_low": None, "epsilon_high": o.epsilon_high - 1}
+        return {"objective": "cispo", "epsilon_low": None, "epsilon_high": None if high is None else high - 1}
     if o.loss_type == "sapo":
         return {
             "objective": "sapo",
@@ -184,6 +191,6 @@ def rloo_spec(epsilon_low: float, epsilon_high: float) -> LossSpec:
     return LossSpec(
         ratio_level=RatioLevel.SEQUENCE_SUM,
         epsilon_low=_lower(epsilon_low),
-        epsilon_high=epsilon_high,
+        epsilon_high=_upper(epsilon_high),
         aggregation=Aggregation.SEQ_MEAN_TOKEN_MEAN,
     )

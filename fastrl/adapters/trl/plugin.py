@@ -172,7 +172,7 @@ class Plugin:
 
 def use_fastrl(trainer: Any, *, level: str | None = None) -> Plugin:
     """Give this trainer fastrl's loss and scoring: `_compute_loss` and `_get_per_token_logps_and_entropies` of the
-    instance, nothing of its class or its model. A second call returns the same `Plugin`.
+    instance. No class is changed, and of the model only its forward, during a call. Twice returns the same `Plugin`.
 
     Args:
         trainer: a TRL `GRPOTrainer` or `RLOOTrainer`, or an instance of a subclass that leaves their loss as it is.
