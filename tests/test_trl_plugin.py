@@ -90,7 +90,7 @@ REFUSED = [
     ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, "entropy_coef"),
     ({"use_adaptive_entropy": True, "entropy_coef_delta": 0.0}, "entropy_coef_delta"),
     ({"cast_lm_head_to_fp32": True, "level": "logits"}, "cast_lm_head_to_fp32"),
-    ({"level": "logprobs"}, "level"),
+    ({"level": "logps"}, "level"),
 ]
 
 
@@ -243,6 +243,8 @@ def test_what_only_the_logits_level_can_do(name, change):
     with pytest.raises(ValueError, match=f"^{name}: .*level='logits'"):
         use_fastrl(it)
     assert "fastrl" not in vars(it)
+    if name != "model":
+        assert use_fastrl(it, level="logprobs").level == "logprobs"
     assert use_fastrl(it, level="logits").level == "logits"
     with pytest.raises(ValueError, match=f"^{name}: "):
         use_fastrl(it, level="hidden")
@@ -255,7 +257,7 @@ def test_other_objects_and_overridden_losses_are_refused():
         use_fastrl(transformers.Trainer)
     with pytest.raises(TypeError, match="^trainer: "):
         use_fastrl(None)
-    for name in ("_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies", "get_gamma_weights"):
+    for name in ("_compute_loss", "compute_loss", "get_gamma_weights"):
         cls = type("Own", (trl.GRPOTrainer,), {name: lambda self, *_, **__: None})
         with pytest.raises(ValueError, match=f"^{name}: "):
             use_fastrl(trainer(cls, model()))
@@ -265,6 +267,36 @@ def test_other_objects_and_overridden_losses_are_refused():
         use_fastrl(it)
     with pytest.raises(ValueError, match="^get_off_policy_mask: "):
         trainer(type("Own", (GRPOTrainer,), {"get_off_policy_mask": lambda *_: None}), model())
+
+
+@pytest.mark.parametrize("kind", ["subclass", "instance", "subclass of ours", "instance of ours"])
+def test_an_override_of_the_scoring_is_honoured(kind, caplog):
+    """TRL's loss calls it, so the loss is taken from what it returns, and this is said once."""
+    cls = GRPOTrainer if "ours" in kind else trl.GRPOTrainer
+
+    def colder(self, *args, **kwargs):
+        logps, entropies, aux_loss = trl.GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
+        return 0.5 * logps, None if entropies is None else 3 * entropies, aux_loss
+
+    plugin._say_override.cache_clear()
+    name = "_get_per_token_logps_and_entropies"
+    theirs = trainer(type("Own", (trl.GRPOTrainer,), {name: colder}), model(), entropy_coef=0.1)
+    inputs = grpo_batch(theirs)
+    it = trainer(type("Own", (cls,), {name: colder} if "subclass" in kind else {}), model(), entropy_coef=0.1)
+    with caplog.at_level(logging.WARNING, "fastrl"):
+        use_fastrl(it)
+        if "instance" in kind:
+            setattr(it, name, colder.__get__(it))
+        for _ in range(2):
+            assert differences(run(theirs, inputs), run(it, inputs)) == []
+    assert [r.message for r in caplog.records] == [
+        f"Own scores by its own {name}: the loss is taken from its log-probs"
+    ]
+    it.fastrl.restore()
+    assert (
+        differences(run(theirs, inputs), run(it, inputs)) == []
+        and it._get_per_token_logps_and_entropies.__func__ is colder
+    )
 
 
 def test_gmpo_is_refused():

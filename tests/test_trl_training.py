@@ -138,7 +138,7 @@ def test_two_processes_train_as_with_trls_loss(two_processes):
     for findings, _ in two_processes:
         refused = findings.pop("quantile")
         assert refused.startswith("top_entropy_quantile: ") and "one process" in refused
-        assert findings == {name: [] for name in findings} and len(findings) == 2 * len(trl_two_processes.OPTIONS) + 2
+        assert findings == {name: [] for name in findings} and len(findings) == 3 * len(trl_two_processes.OPTIONS) + 2
 
 
 @pytest.mark.parametrize("name", trl_two_processes.INDEPENDENT)

@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
         rank, inputs = it.accelerator.process_index, batch(name, it)
         wrapped = it.accelerator.prepare(it.model)
         assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
-        for level in ("hidden", "logits"):
+        for level in ("hidden", "logits", "logprobs"):
             theirs, ours = trl_common.both(it, part(inputs, rank), level=level, through=wrapped)
             findings[f"{name}-{level}"] = trl_common.differences(theirs, ours)
         results[name] = ours.gradients, ours.metrics

@@ -11,8 +11,8 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from fastrl.adapters.trl import batch, config, entropy, metrics
-from fastrl.adapters.trl.scoring import HIDDEN, LEVELS, Finish, Scored, Scorer, base_model, with_logps
-from fastrl.functional import LossOutput, policy_loss_from_hidden, policy_loss_from_logits
+from fastrl.adapters.trl.scoring import HIDDEN, LEVELS, LOGITS, LOGPROBS, Finish, Scored, Scorer, base_model, with_logps
+from fastrl.functional import LossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
 from fastrl.head import LMHead
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
@@ -20,7 +20,8 @@ from fastrl.token_metrics import token_metrics
 
 TESTED = ((1, 16), (1, 17))
 """TRL's versions, from the first up to but without the second."""
-_METHODS = ("_compute_loss", "_get_per_token_logps_and_entropies")
+_PACKAGE = "fastrl.adapters.trl"
+_SCORING = "_get_per_token_logps_and_entropies"
 _NOT_CALLED = ("get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")
 
 
@@ -29,7 +30,7 @@ class Plugin:
 
     Attributes:
         trainer: the trainer.
-        level: "hidden" or "logits".
+        level: "hidden", "logits" or "logprobs".
         active: False after `restore()`.
     """
 
@@ -44,7 +45,7 @@ class Plugin:
     def check(self) -> None:
         """Raise ValueError for an option that cannot be honoured, named."""
         if self.level not in LEVELS:
-            raise ValueError(f"level: expected 'hidden' or 'logits', got {self.level!r}")
+            raise ValueError(f"level: expected one of {', '.join(map(repr, LEVELS))}, got {self.level!r}")
         _say_version()
         config.spec_from_config(self.trainer.args)
         self.spec()
@@ -53,11 +54,11 @@ class Plugin:
             entropy.controller(self.trainer)
         if self.level == HIDDEN:
             self._check_hidden()
-        elif getattr(self.trainer.args, "cast_lm_head_to_fp32", False):
-            config.refuse("cast_lm_head_to_fp32", True, "use level='hidden': autocast would cast the logits back")
+        elif self.level == LOGITS and getattr(self.trainer.args, "cast_lm_head_to_fp32", False):
+            config.refuse("cast_lm_head_to_fp32", True, "use another level: autocast would cast the logits back")
 
     def _check_hidden(self) -> None:
-        remedy = "use level='logits', where the model applies its own head"
+        remedy = "use level='logits', where the model applies its own head, or level='logprobs'"
         if self.trainer.is_fsdp_enabled and not self.trainer.accelerator.is_fsdp2:
             config.refuse("fsdp", "version 1", f"set fsdp_config={{'version': 2}}; or {remedy}")
         plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
@@ -67,11 +68,11 @@ class Plugin:
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             config.refuse("device_map", model.hf_device_map, remedy)
         if model.base_model is model:
-            config.refuse("model", type(model).__name__, f"it has no backbone of its own; {remedy}")
+            config.refuse("model", type(model).__name__, "it has no backbone of its own; use level='logits'")
         try:
             LMHead.from_model(model)
         except ValueError as error:
-            raise ValueError(f"{error}; or {remedy}") from None
+            raise ValueError(f"{error}; or use level='logits', where the model applies its own head") from None
 
     def spec(self) -> LossSpec:
         """The loss of the next step, from the trainer's options as they stand."""
@@ -87,7 +88,7 @@ class Plugin:
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *more: Any, **options: Any
     ) -> Any:
         """TRL's `_get_per_token_logps_and_entropies`, which takes old and reference log-probs, by fastrl's scoring."""
-        if self.active:
+        if self.active and self.level != LOGPROBS:
             finish = functools.partial(with_logps, self.trainer.temperature)
             model = self._scorer(model, logits_to_keep, finish)
         own = self.trl._get_per_token_logps_and_entropies
@@ -107,7 +108,21 @@ class Plugin:
             return self.trl._compute_loss(self.trainer, model, inputs)
         trainer, spec = self.trainer, self.spec()
         rollouts = self._rollouts(inputs)
-        given = {"temperature": trainer.temperature, "normalizer": batch.normalizer(trainer, inputs, rollouts, spec)}
+        normalizer = batch.normalizer(trainer, inputs, rollouts, spec)
+        if self.level == LOGPROBS or self._scored_by_an_override():
+            logps, entropies, aux_loss = self._call(trainer._get_per_token_logps_and_entropies, model, inputs)
+            out = policy_loss(logps, rollouts, spec, entropy=entropies, normalizer=normalizer)
+            loss = out.loss
+        else:
+            loss, out, aux_loss = self._fused(model, inputs, rollouts, spec, normalizer)
+        self._log(out, rollouts, spec)
+        return self._total(loss, rollouts, aux_loss)
+
+    def _fused(
+        self, model: Any, inputs: dict[str, Any], rollouts: Rollouts, spec: LossSpec, normalizer: Tensor | float
+    ) -> tuple[Tensor, LossOutput, Tensor | None]:
+        """The loss from hidden states or logits, as the model's wrappers return it; its output; the router loss."""
+        given = {"temperature": self.trainer.temperature, "normalizer": normalizer}
         results: list[LossOutput] = []
 
         def finish(rows: Tensor, head: LMHead | None, *_: Tensor) -> Scored:
@@ -118,9 +133,29 @@ class Plugin:
             return Scored(results[0].logps, results[0].entropy, loss=results[0].loss)
 
         scorer = self._scorer(model, inputs["completion_ids"].shape[1], finish)
-        aux_loss = self._forward(scorer, inputs)
-        self._log(results[0], rollouts, spec)
-        return self._total(scorer.scored.loss, rollouts, aux_loss)
+        own = functools.partial(self.trl._get_per_token_logps_and_entropies, self.trainer)
+        _, _, aux_loss = self._call(own, scorer, inputs)
+        return scorer.scored.loss, results[0], aux_loss
+
+    def _call(self, scoring: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_get_per_token_logps_and_entropies` as TRL's loss calls it."""
+        return scoring(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.trainer.aux_loss_enabled,
+            **{key: inputs.get(key) for key in batch.FORWARD_KEYS},
+        )
+
+    def _scored_by_an_override(self) -> bool:
+        """Whether someone else's method gives the log-probs; TRL's loss would call it, and so does this one."""
+        method = self.trainer._get_per_token_logps_and_entropies
+        own = str(getattr(method, "__module__", "")).startswith(_PACKAGE)
+        if not own:
+            _say_override(type(self.trainer).__name__)
+        return not own
 
     def _rollouts(self, inputs: dict[str, Any]) -> Rollouts:
         if self.kind == "RLOO":
@@ -129,20 +164,6 @@ class Plugin:
         corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
         # VESPO takes the ratio into its own weight wherever it is there.
         return batch.rollouts_from_batch(inputs, weighted=None if trainer.loss_type == "vespo" else corrected)
-
-    def _forward(self, scorer: Scorer, inputs: dict[str, Any]) -> Tensor | None:
-        """TRL's own call of its model, with the scorer in its place; the router loss."""
-        _, _, aux_loss = self.trl._get_per_token_logps_and_entropies(
-            self.trainer,
-            scorer,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            scorer.keep,
-            compute_entropy=True,
-            compute_aux_loss=self.trainer.aux_loss_enabled,
-            **{key: inputs.get(key) for key in batch.FORWARD_KEYS},
-        )
-        return aux_loss
 
     def _log(self, out: LossOutput, rollouts: Rollouts, spec: LossSpec) -> None:
         tokens = token_metrics(out, rollouts, spec)
@@ -165,9 +186,11 @@ class Plugin:
     def restore(self) -> None:
         """Give the trainer TRL's own loss and scoring back. Does nothing the second time."""
         self.active = False
-        if "_compute_loss" in vars(self.trainer):  # else a subclass of this package, whose methods ask `active`
-            for name in (*_METHODS, "fastrl"):
-                vars(self.trainer).pop(name)
+        placed = {"_compute_loss": self.compute_loss, _SCORING: self.score, "fastrl": self}
+        if vars(self.trainer).get("_compute_loss") == self.compute_loss:  # else a subclass, whose methods ask `active`
+            for name, value in placed.items():
+                if vars(self.trainer).get(name) == value:
+                    del vars(self.trainer)[name]
 
 
 def use_fastrl(trainer: Any, *, level: str | None = None) -> Plugin:
@@ -175,9 +198,10 @@ def use_fastrl(trainer: Any, *, level: str | None = None) -> Plugin:
     instance. No class is changed, and of the model only its forward, during a call. Twice returns the same `Plugin`.
 
     Args:
-        trainer: a TRL `GRPOTrainer` or `RLOOTrainer`, or an instance of a subclass that leaves their loss as it is.
-        level: "hidden" takes the loss from hidden states without logits, "logits" from the model's own logits; None =
-            as it is, "hidden" at first.
+        trainer: a TRL `GRPOTrainer` or `RLOOTrainer`, or an instance of a subclass that leaves their loss as it is. One
+            that overrides the scoring keeps it, and the loss is taken from its log-probs.
+        level: "hidden" takes the loss from hidden states, without logits; "logits" from the model's own logits;
+            "logprobs" from the log-probs of TRL's fused head. None = as it is, "hidden" at first.
 
     Returns:
         The plugin, whose `restore()` undoes it.
@@ -197,10 +221,11 @@ def use_fastrl(trainer: Any, *, level: str | None = None) -> Plugin:
         plugin.active = True
         return plugin
     plugin = Plugin(trainer, level or HIDDEN)
-    _check_overrides(trainer, plugin.trl, (*_METHODS, "compute_loss"))
+    _check_overrides(trainer, plugin.trl, ("_compute_loss", "compute_loss"))
     trainer.fastrl = plugin
     trainer._compute_loss = plugin.compute_loss
-    trainer._get_per_token_logps_and_entropies = plugin.score
+    if not _overridden(trainer, plugin.trl, _SCORING):
+        trainer._get_per_token_logps_and_entropies = plugin.score
     return plugin
 
 
@@ -211,12 +236,21 @@ def _kind(trainer: Any) -> str:
     raise TypeError(f"trainer: expected a trl.GRPOTrainer or trl.RLOOTrainer, got {type(trainer).__name__}")
 
 
+def _overridden(trainer: Any, trl: Any, name: str) -> bool:
+    """Whether the trainer has its own version of a method of TRL's class."""
+    return getattr(type(trainer), name, None) is not getattr(trl, name, None) or name in vars(trainer)
+
+
 def _check_overrides(trainer: Any, trl: Any, names: tuple[str, ...]) -> None:
     """Refuse a trainer that has its own version of a method which fastrl's loss replaces or does not call."""
     for name in names:
-        own = getattr(type(trainer), name, None) is not getattr(trl, name, None)
-        if own or name in vars(trainer):
+        if _overridden(trainer, trl, name):
             config.refuse(name, f"the override in {type(trainer).__name__}", "leave the method to TRL, or the loss")
+
+
+@functools.cache
+def _say_override(trainer: str) -> None:
+    config.logger.warning("%s scores by its own %s: the loss is taken from its log-probs", trainer, _SCORING)
 
 
 @functools.cache

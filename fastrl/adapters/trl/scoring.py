@@ -21,8 +21,8 @@ from fastrl import _checks
 from fastrl.functional import logprobs_from_hidden, logprobs_from_logits
 from fastrl.head import LMHead
 
-HIDDEN, LOGITS = "hidden", "logits"
-LEVELS = (HIDDEN, LOGITS)
+HIDDEN, LOGITS, LOGPROBS = "hidden", "logits", "logprobs"
+LEVELS = (HIDDEN, LOGITS, LOGPROBS)
 
 
 class Scored(NamedTuple):

@@ -16,7 +16,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Args:
         level: "hidden" takes the loss from hidden states, without logits; "logits" from the model's own logits, for
-            heads that `LMHead.from_model` refuses.
+            heads that `LMHead.from_model` refuses; "logprobs" from the log-probs of TRL's fused head.
         args, kwargs: as for TRL's trainer.
 
     Honoured: every loss_type, both importance sampling levels, and every other option of `GRPOConfig`, except what
