@@ -80,13 +80,25 @@ def test_peft(extra, level):
     assert any("lora_A" in name for name in trained) and any("lm_head" in name for name in trained) == bool(extra)
 
 
-def test_peft_with_virtual_tokens():
+@pytest.mark.parametrize("level", ["hidden", "logits"])
+def test_peft_with_virtual_tokens(level):
     """The backbone then sees more positions than there are ids."""
     peft = pytest.importorskip("peft", reason="needs peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     it = build(trl.GRPOTrainer, model("Qwen2"), peft_config=config)
-    theirs, ours = both(it, grpo_batch(it))
+    theirs, ours = both(it, grpo_batch(it), level=level)
     assert differences(theirs, ours) == [] and len(ours.gradients) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_another_dtype_than_the_body(bias):
+    """As PEFT keeps a trained copy of the head, in float32, over a bf16 body."""
+    policy = model("Phi" if bias else "Qwen2").bfloat16()
+    policy.get_output_embeddings().float()
+    it = build(trl.GRPOTrainer, policy)
+    theirs, ours = both(it, grpo_batch(it))
+    assert differences(theirs, ours, rtol=3e-2) == []
+    assert ours.gradients["lm_head.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

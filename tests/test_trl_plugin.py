@@ -216,13 +216,20 @@ def test_another_length_than_asked_for_is_refused(level, monkeypatch):
         run(it, inputs)
 
 
-def test_logits_to_keep_may_be_ignored():
-    class Whole(transformers.Qwen2ForCausalLM):
-        def forward(self, logits_to_keep=0, **kwargs):
-            return super().forward(**kwargs)
+class Ignores(transformers.Qwen2ForCausalLM):
+    def forward(self, logits_to_keep=0, **kwargs):
+        return super().forward(**kwargs)
 
+
+class Lacks(transformers.Qwen2ForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("cls", [Ignores, Lacks])
+def test_logits_to_keep_may_be_ignored(cls):
     torch.manual_seed(0)
-    it = trainer(trl.GRPOTrainer, Whole(transformers.Qwen2Config(**SMALL)))
+    it = trainer(trl.GRPOTrainer, cls(transformers.Qwen2Config(**SMALL)))
     inputs = grpo_batch(it)
     theirs = run(it, inputs)
     use_fastrl(it, level="logits")

@@ -9,7 +9,9 @@ replaced, on this instance and for the length of the call, so that the loss is c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,7 +72,8 @@ class Scorer:
             with _forward_of(self.base, functools.partial(self._forward, end)):
                 self.scored = self.model(**inputs)
         else:
-            outputs = self.model(**inputs, use_cache=False, logits_to_keep=self.keep + 1)
+            only = {"logits_to_keep": self.keep + 1} if _takes(self.base, "logits_to_keep") else {}
+            outputs = self.model(**inputs, use_cache=False, **only)
             logits = completion_rows("logits", outputs.logits, self.keep, self.keep + 1, inputs["input_ids"].shape[1])
             aux_loss = outputs.aux_loss if inputs.get("output_router_logits") else None
             self.scored = end(logits, None)._replace(aux_loss=aux_loss)
@@ -90,7 +93,7 @@ class Scorer:
     def _finished(self, end: Callable[[Tensor, LMHead | None], Scored], hidden: Tensor) -> Scored:
         head = LMHead.from_model(self.base)
         if not self.float32_head:
-            return end(hidden, head)
+            return end(hidden, _as(hidden, head))
         with torch.autocast(hidden.device.type, enabled=False):
             return end(hidden.float(), head)
 
@@ -120,6 +123,20 @@ def completion_rows(name: str, values: Tensor, keep: int, *lengths: int) -> Tens
         expected = f"length {' or '.join(map(str, lengths))}, above the {keep} tokens of the completion"
         _checks.refuse(name, expected, values, "the model returns other positions than it was given")
     return values[:, -keep - 1 : -1]
+
+
+def _as(hidden: Tensor, head: LMHead) -> LMHead:
+    """The head in the dtype of the states; PEFT keeps a trained copy in float32. Under autocast both are cast later."""
+    if head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return head
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    return dataclasses.replace(head, weight=head.weight.to(hidden.dtype), bias=bias)
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether the model's forward takes an argument of this name, or any."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return name in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
 def router_loss(base: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor:
