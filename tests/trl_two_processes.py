@@ -58,6 +58,7 @@ def sharded(tied):
     for layer in it.model.model.layers:
         torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
     torch.distributed.fsdp.fully_shard(it.model, mesh=mesh)
+    assert use_fastrl(it) is plugin
     for plugin.level in ("hidden", "logits"):
         ours = trl_common.run(it, part(inputs, rank))
         whole = {name: gradient.full_tensor() for name, gradient in ours.gradients.items()}

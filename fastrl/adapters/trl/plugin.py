@@ -59,7 +59,7 @@ class Plugin:
 
     def _check_hidden(self) -> None:
         remedy = "use level='logits', where the model applies its own head, or level='logprobs'"
-        if self.trainer.is_fsdp_enabled and not self.trainer.accelerator.is_fsdp2:
+        if self.trainer.is_fsdp_enabled and not getattr(self.trainer.accelerator, "is_fsdp2", False):
             config.refuse("fsdp", "version 1", f"set fsdp_config={{'version': 2}}; or {remedy}")
         plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
@@ -69,6 +69,8 @@ class Plugin:
             config.refuse("device_map", model.hf_device_map, remedy)
         if model.base_model is model:
             config.refuse("model", type(model).__name__, "it has no backbone of its own; use level='logits'")
+        if type(getattr(model.get_output_embeddings(), "weight", None)).__name__ == "DTensor":
+            return  # inside the forward of its FSDP module it is whole; if not, it is refused there
         try:
             LMHead.from_model(model)
         except ValueError as error:
