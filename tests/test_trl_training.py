@@ -38,6 +38,7 @@ RUNS = {
         "GRPO",
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 3, "epsilon": 0.02},
     ),
+    "lora-kl": ("GRPO", {"beta": 0.05, "num_iterations": 2, "learning_rate": 3e-2, "lora": True}),
     "rloo": ("RLOO", {"beta": 0.05, "num_iterations": 2}),
 }
 OURS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
@@ -70,6 +71,10 @@ def folder(tmp_path_factory):
 
 def train(cls, folder, **options):
     policy = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if options.pop("lora", False):  # whose reference is the model without its adapter
+        peft = pytest.importorskip("peft", reason="needs peft")
+        targets = ["q_proj", "o_proj", "down_proj"]
+        options["peft_config"] = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
     settings = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "top_k": 0, "seed": 3}
     it = trl_common.trainer(cls, policy, reward=even_tokens, rows=64, **settings | options)
     it.train()
