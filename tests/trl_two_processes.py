@@ -18,9 +18,11 @@ OPTIONS = {
     "dapo": {"loss_type": "dapo", "beta": 0.2, "off_policy_mask_threshold": 0.05},
     "vespo": {"loss_type": "vespo"},
     "luspo": {"loss_type": "luspo", "delta": 1.4},
+    "quantile": {"loss_type": "dapo", "top_entropy_quantile": 0.5},
+    "quantile-bonus": {"loss_type": "vespo", "top_entropy_quantile": 0.3, "entropy_coef": 0.1},
     "rloo": {},
 }
-INDEPENDENT = ("gspo", "dapo", "vespo", "luspo", "rloo")
+INDEPENDENT = ("gspo", "dapo", "vespo", "luspo", "quantile", "rloo")
 """Whose loss does not depend on how the batch is split; an entropy bonus is TRL's mean over each process."""
 
 
@@ -79,12 +81,6 @@ def main(folder: Path) -> None:
         results[name] = ours.gradients, ours.metrics
     for tied in (False, True):
         findings[f"fsdp2-tied-{tied}"] = sharded(tied)
-    it = build("grpo")
-    it.top_entropy_quantile = 0.5
-    try:
-        use_fastrl(it)
-    except ValueError as error:
-        findings["quantile"] = str(error)
     torch.save((findings, results), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

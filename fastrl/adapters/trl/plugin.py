@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 from typing import Any
@@ -81,9 +82,6 @@ class Plugin:
         trainer = self.trainer
         if self.kind == "RLOO":
             return config.rloo_spec(trainer.epsilon_low, trainer.epsilon_high)
-        if trainer.top_entropy_quantile < 1 and trainer.accelerator.num_processes > 1:
-            remedy = "train in one process: TRL's threshold is that of all processes, which this loss does not gather"
-            config.refuse("top_entropy_quantile", trainer.top_entropy_quantile, remedy)
         return config.grpo_spec(config.options_of(trainer, batch.accumulation(trainer)))
 
     def score(
@@ -113,31 +111,54 @@ class Plugin:
         normalizer = batch.normalizer(trainer, inputs, rollouts, spec)
         if self.level == LOGPROBS or self._scored_by_an_override():
             logps, entropies, aux_loss = self._call(trainer._get_per_token_logps_and_entropies, model, inputs)
+            rollouts = self._selected(rollouts, entropies)
             out = policy_loss(logps, rollouts, spec, entropy=entropies, normalizer=normalizer)
             loss = out.loss
         else:
-            loss, out, aux_loss = self._fused(model, inputs, rollouts, spec, normalizer)
+            loss, out, rollouts, aux_loss = self._fused(model, inputs, rollouts, spec, normalizer)
         self._log(out, rollouts, spec)
         return self._total(loss, rollouts, aux_loss)
 
     def _fused(
         self, model: Any, inputs: dict[str, Any], rollouts: Rollouts, spec: LossSpec, normalizer: Tensor | float
-    ) -> tuple[Tensor, LossOutput, Tensor | None]:
-        """The loss from hidden states or logits, as the model's wrappers return it; its output; the router loss."""
-        given = {"temperature": self.trainer.temperature, "normalizer": normalizer}
-        results: list[LossOutput] = []
+    ) -> tuple[Tensor, LossOutput, Rollouts, Tensor | None]:
+        """The loss from hidden states or logits, as the model's wrappers return it; its output; the rollouts with the
+        tokens that all processes have picked; the router loss."""
+        temperature = self.trainer.temperature
+        given = {"temperature": temperature, "normalizer": normalizer}
+        results: list[tuple[LossOutput, Rollouts]] = []
 
-        def finish(rows: Tensor, head: LMHead | None, *_: Tensor) -> Scored:
+        def finish(rows: Tensor, head: LMHead | None, ids: Tensor, mask: Tensor) -> Scored:
+            picked = rollouts
+            if self._picks_over_processes():  # once more over the head, to know the entropies before the loss
+                with torch.no_grad():
+                    picked = self._selected(rollouts, with_logps(temperature, rows, head, ids, mask).entropy)
             if head is None:
-                results.append(policy_loss_from_logits(rows, rollouts, spec, **given))
+                out = policy_loss_from_logits(rows, picked, spec, **given)
             else:
-                results.append(policy_loss_from_hidden(rows, head, rollouts, spec, **given))
-            return Scored(results[0].logps, results[0].entropy, loss=results[0].loss)
+                out = policy_loss_from_hidden(rows, head, picked, spec, **given)
+            results.append((out, picked))
+            return Scored(out.logps, out.entropy, loss=out.loss)
 
         scorer = self._scorer(model, inputs["completion_ids"].shape[1], finish)
         own = functools.partial(self.trl._get_per_token_logps_and_entropies, self.trainer)
         _, _, aux_loss = self._call(own, scorer, inputs)
-        return scorer.scored.loss, results[0], aux_loss
+        return scorer.scored.loss, *results[0], aux_loss
+
+    def _picks_over_processes(self) -> bool:
+        """Whether the threshold of top_entropy_quantile is that of several processes."""
+        trainer = self.trainer
+        several = trainer.accelerator.num_processes > 1
+        return several and self.kind == "GRPO" and trainer.top_entropy_quantile < 1
+
+    def _selected(self, rollouts: Rollouts, entropies: Tensor) -> Rollouts:
+        """The rollouts with the tokens that TRL's own gathering of the entropies picks; a collective call."""
+        if not self._picks_over_processes():
+            return rollouts
+        trainer = self.trainer
+        mask = rollouts.flat.valid().view(rollouts.shape)
+        kept = trainer.get_high_entropy_mask(entropies.detach(), mask, 1 - trainer.top_entropy_quantile)
+        return dataclasses.replace(rollouts, selected=kept)
 
     def _call(self, scoring: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_get_per_token_logps_and_entropies` as TRL's loss calls it."""
