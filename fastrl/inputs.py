@@ -34,10 +34,13 @@ def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
     if spec.entropy_coef and not has_entropy:
         remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set entropy_coef=0"
         _checks.refuse("entropy", f"entropies, as entropy_coef is {spec.entropy_coef}", "None", remedy)
-    if spec.top_entropy_quantile < 1 and not has_entropy:
+    if spec.top_entropy_quantile < 1 and not has_entropy and rollouts.selected is None:
         remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set top_entropy_quantile=1"
         expected = f"entropies, as top_entropy_quantile is {spec.top_entropy_quantile}"
         _checks.refuse("entropy", expected, "None", remedy)
+    if rollouts.selected is not None and spec.top_entropy_quantile == 1:
+        remedy = "set top_entropy_quantile to the fraction that was picked, or leave selected None"
+        _checks.refuse("selected", "None, as top_entropy_quantile is 1", rollouts.selected, remedy)
     if spec.rollout is not None:
         _check_rollout(spec, rollouts)
 

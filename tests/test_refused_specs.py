@@ -26,6 +26,8 @@ def fn(log_ratio, advantages):
 SPECS = [
     # the fields of a LossSpec, the one that its message begins with, words of expectation or remedy
     ({"epsilon_high": -1.0}, "epsilon_high", "≥ 0"),
+    ({"epsilon_high": -1.0, "epsilon_low": None, "objective": "cispo"}, "epsilon_high", "> -1"),
+    ({"epsilon_high": -0.5, "objective": "cispo"}, "epsilon_high", "epsilon_low=None"),
     ({"epsilon_low": 1.5, "objective": "cispo"}, "epsilon_low", "at most 1"),
     ({"delta": 1.0}, "delta", "> 1"),
     ({"delta": 1.2}, "delta", "more than 1 + epsilon_high = 1.2"),
