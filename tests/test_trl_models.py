@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers 5"
 pytest.importorskip("datasets", reason="needs datasets")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-from trl_common import IMAGE, SMALL, B, P, T, both, differences, model, scored_batch, trainer  # noqa: E402
+from trl_common import IMAGE, SMALL, B, P, T, both, differences, grpo_batch, model, trainer  # noqa: E402
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
@@ -40,11 +40,6 @@ OPTIONS = {"loss_type": "grpo", "entropy_coef": 0.1, "top_entropy_quantile": 0.8
 
 def build(cls, policy, **options):
     return trainer(cls, policy, **OPTIONS | options)
-
-
-def grpo_batch(it, images=None):
-    batch = scored_batch(it, images)
-    return {name: value for name, value in batch.items() if name not in ("old_logps", "importance_sampling_ratio")}
 
 
 @pytest.mark.parametrize("level", ["hidden", "logits"])

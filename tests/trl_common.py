@@ -127,6 +127,12 @@ def scored_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any
     }
 
 
+def grpo_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A `scored_batch` as a GRPO trainer without vLLM's correction has it."""
+    batch = scored_batch(it, images)
+    return {name: value for name, value in batch.items() if name not in ("old_logps", "importance_sampling_ratio")}
+
+
 class Result(NamedTuple):
     loss: Tensor
     gradients: dict[str, Tensor]
