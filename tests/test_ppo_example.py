@@ -30,7 +30,7 @@ def test_it_learns(example, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        history, accuracy = example.train(supervised=40, ranked=40, iterations=45)
+        history, accuracy = example.train(supervised=60, ranked=60, iterations=45)
     finally:
         torch.set_num_threads(threads)
     right, score, kl, coefficient = ([entry[name] for entry in history] for name in example.CURVES)
