@@ -134,6 +134,16 @@ def test_lora_on_the_body(path, saved, tmp_path):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("path", ["logits", "hidden"])
+def test_lora_on_the_head(path, tmp_path):
+    spec, rows = fastrl.DAPO, logged_rows()
+    model = lora(build_model(), target_modules=["q_proj", "lm_head"])
+    _, want = whole_batch(model, rows, spec)
+    got = trained_gradients(build_trainer(path, model, rows, spec, tmp_path, **SPLIT))
+    assert sum("lm_head.lora" in name for name in got) == 2
+    assert_same(got, want)
+
+
 def test_columns_are_kept(tmp_path):
     """`remove_unused_columns` is True by default, and would drop every column of the log."""
     rows = logged_rows()
@@ -196,8 +206,9 @@ def test_models_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match="router loss"):
             build_trainer(path, moe(output_router_logits=True), rows, fastrl.DAPO, tmp_path).train()
         build_trainer(path, moe(), rows, fastrl.DAPO, tmp_path).train()
-    with pytest.raises(ValueError, match="LoraConfig|adapter on it"):
-        build_trainer("hidden", lora(build_model(), target_modules=["lm_head"]), rows, fastrl.DAPO, tmp_path)
+    with pytest.raises(ValueError, match="of the kind DoraLinearVariant"):
+        dora = lora(build_model(), target_modules=["lm_head"], use_dora=True)
+        build_trainer("hidden", dora, rows, fastrl.DAPO, tmp_path)
     peft = pytest.importorskip("peft", reason="needs peft")
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="PromptTuningConfig 'default', which adds virtual tokens"):
