@@ -85,7 +85,8 @@ def logprobs_from_hidden(
     Args:
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
-        buffer_bytes: bound on the logits held at once; default 128 MiB on a CPU, 1.25 GiB on an accelerator.
+        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, on a CPU an eighth of the
+            rows (128 to 512 of them) and at most 128 MiB.
         token_ids, temperature, mask, backend: as for `logprobs_from_logits`.
 
     Masked rows are dropped before the GEMM, at the cost of one host synchronisation. The gradient computes the logits
@@ -94,7 +95,7 @@ def logprobs_from_hidden(
     inputs.check_ids_and_mask(token_ids, mask)
     hidden, weight, bias = inputs.check_hidden(hidden, head, token_ids)
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
-    params = autograd.ScoreParams(scoring, backends.of(hidden, backend), inputs.buffer(buffer_bytes, hidden))
+    params = autograd.ScoreParams(scoring, backends.of(hidden, backend), inputs.buffer(buffer_bytes))
     logps, entropy = autograd.ScoreHidden.apply(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
@@ -220,7 +221,7 @@ def policy_loss_from_hidden(
         backend=backends.of(hidden, backend),
         grad=torch.is_grad_enabled() and any(wants),
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, weight.shape[0], temperature, hidden, head),
-        buffer_bytes=inputs.buffer(buffer_bytes, hidden),
+        buffer_bytes=inputs.buffer(buffer_bytes),
         row_counts=rollouts.row_counts,
     )
     loss, statistics, scores = autograd.HiddenLoss.apply(hidden, weight, bias, params)

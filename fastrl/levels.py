@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
+from fastrl.chunking import row_stride, rows_per_chunk
 from fastrl.flat import Flat, segment_sum
 from fastrl.plan import PlanKind, plan
 from fastrl.reference import TokenInputs, wide
@@ -47,9 +48,9 @@ def logits_loss(
 ) -> LogitsLoss:
     """The loss from logits. With `dlogits` (may be the logits themselves) its gradient is written there; with `grad`
     only, the derivatives per token are returned and the gradient is left to `backend.differentiate`."""
-    if dlogits is not None and plan(spec, backend.fuses_objectives).kind == PlanKind.FUSED:
-        scores = torch.empty((4, flat.num_tokens), dtype=torch.float32, device=logits.device)
-        inputs = reference.token_inputs(flat, normalizer, spec, torch.float32)
+    if dlogits is not None and plan(spec, backend.fuses_objectives).kind in backend.one_pass:
+        scores = torch.empty((4, flat.num_tokens), dtype=wide(logits.dtype), device=logits.device)
+        inputs = reference.token_inputs(flat, normalizer, spec, scores.dtype)
         dlogp = torch.empty_like(scores[0])
         dentropy = torch.empty_like(dlogp) if spec.entropy_coef else None
         rows = RowScores(*scores.unbind(0))
@@ -126,9 +127,7 @@ class _Projection:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, limit: int, needs: tuple[bool, bool, bool]):
         self.hidden, self.weight, self.bias = hidden, weight, bias
         vocab = weight.shape[0]
-        # A padded row stride keeps rows 16-byte aligned for an odd vocabulary.
-        stride = -(-vocab // 16) * 16
-        self._buffer = torch.empty((limit, stride), dtype=weight.dtype, device=weight.device)
+        self._buffer = torch.empty((limit, row_stride(vocab)), dtype=weight.dtype, device=weight.device)
         self._vocab = vocab
         self._chunk = hidden
         need_hidden, need_weight, need_bias = needs
@@ -178,16 +177,11 @@ def _add_outer(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> Non
             total[v : v + tile].addmm_(dlogits[:, v : v + tile].t().to(total.dtype), wide_hidden, beta=beta)
 
 
-def rows_per_chunk(weight: Tensor, buffer_bytes: int) -> int:
-    """How many rows of logits fit the buffer, at least one."""
-    return max(1, buffer_bytes // (-(-weight.shape[0] // 16) * 16 * weight.element_size()))
-
-
 def hidden_score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scoring: Scoring, buffer_bytes: int, backend: Any
 ) -> Tensor:
     """(4, N) scores from hidden states (N, H), masked rows dropped before the GEMM."""
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(hidden.shape[0], 1))
+    limit = min(rows_per_chunk(weight, buffer_bytes, hidden.shape[0]), max(hidden.shape[0], 1))
     project = _Projection(hidden, weight, bias, limit, (False, False, False))
     scores = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
     order = _valid_rows(scoring)
@@ -215,7 +209,7 @@ def hidden_score_grad(
     backend: Any,
 ) -> list[Tensor | None]:
     """Gradients of Σ dlogp·logp + dentropy·entropy; the logits are computed again (8NHV in all)."""
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(hidden.shape[0], 1))
+    limit = min(rows_per_chunk(weight, buffer_bytes, hidden.shape[0]), max(hidden.shape[0], 1))
     project = _Projection(hidden, weight, bias, limit, needs)
     for rows in _valid_rows(scoring).split(limit):
         logits = project.logits(rows)
@@ -251,14 +245,14 @@ def hidden_loss(
     dtype = wide(hidden.dtype)
     inputs = reference.token_inputs(flat, normalizer, spec, dtype)
     rows = _Rows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(rows.total, 1))
+    longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
+    limit = min(rows_per_chunk(weight, buffer_bytes, hidden.shape[0], longest), max(rows.total, 1))
     project = _Projection(hidden, weight, bias, limit, needs)
     stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
     scores = RowScores(*stack.unbind(0))
     scale = _half_scale(inputs, spec) if any(needs) and hidden.dtype == torch.float16 else None
     scaled = inputs if scale is None else _scaled_weights(inputs, scale)
     grad_count = rows.grad_count if any(needs) else 0
-    longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
     dlogp = torch.zeros_like(scores.logp)
     dentropy = torch.zeros_like(dlogp) if spec.entropy_coef else None
 
@@ -304,7 +298,7 @@ def _score_and_differentiate(
     dentropy: Tensor | None,
 ) -> None:
     """A, B, C on one chunk, the gradient in place of the logits."""
-    if kind == PlanKind.FUSED:
+    if kind in backend.one_pass:
         backend.score_and_differentiate(logits, scoring, inputs, spec, scores, dlogp, dentropy, logits)
         return
     backend.score(logits, scoring, scores)
