@@ -13,8 +13,8 @@ _SHIFT = 64  # elements, 4 cache lines of fp32
 
 
 def row_stride(vocab: int) -> int:
-    """Elements between the rows of a buffer of logits: aligned for an odd vocabulary, and no multiple of 4 KiB, at which
-    the same columns of all rows would fall in one cache set and the products take up to a third longer."""
+    """Elements between the rows of a buffer of logits: aligned for an odd vocabulary, and no multiple of 4 KiB, at
+    which a column's elements would all fall in one cache set and the products take up to a third longer."""
     stride = -(-vocab // _LINE) * _LINE
     return stride + _SHIFT if stride % _PAGE == 0 else stride
 
@@ -22,11 +22,11 @@ def row_stride(vocab: int) -> int:
 def rows_per_chunk(weight: Tensor, buffer_bytes: int, rows: int, whole: int = 0) -> int:
     """How many of `rows` rows of logits fit the buffer, at least one. `buffer_bytes` 0 means the default.
 
-    On a CPU that is an eighth of the rows, 128 at least and 512 at most, and 128 MiB at most: with fewer rows its library
-    packs the head too often, with more it gains nothing, and an eighth of the logits is small beside what plain torch
-    holds. The number does not depend on how many rows count, so scoring and training take the same rows at once, and it
-    is a multiple of 8 where the buffer allows, since a library may sum the rows of a smaller remainder in another order.
-    `whole` rows, the longest sequence of a loss that needs whole ones, are taken at once if 128 MiB hold them.
+    On a CPU that is an eighth of the rows, 128 at least and 512 at most, and 128 MiB at most: with fewer rows its
+    library packs the head too often, with more it gains nothing, and an eighth of the logits is small beside what plain
+    torch holds. The number does not depend on how many rows count, so that scoring and training take the same rows at
+    once, and is a multiple of 8 where the buffer allows: a library may sum fewer rows in another order. `whole` rows,
+    the longest sequence of a loss that needs whole ones, are taken at once if 128 MiB hold them.
     """
     kind = weight.device.type
     size = buffer_bytes or _BUFFER_BYTES.get(kind, _ACCELERATOR_BUFFER_BYTES)

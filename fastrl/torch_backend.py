@@ -98,7 +98,7 @@ class _Targets(NamedTuple):
 
 
 def _exponents(u: Tensor, top: Tensor, factor: Tensor | float, out: Tensor) -> Tensor:
-    """out ← log₂e·f·(u − m), the exponents of 2. The maximum goes first: a product of a large logit would be rounded."""
+    """out ← log₂e·f·(u − m), the exponents of 2. The maximum goes first: the product of a large logit is rounded."""
     return torch.sub(u, top, out=out).mul_(factor * _LOG2E)
 
 
