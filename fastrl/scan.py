@@ -3,8 +3,8 @@
 A row is cut in blocks of about √T steps. The steps of a block are taken one after the other, but in all blocks and rows
 at once; then the blocks' results are chained, again one step for all rows. That is O(√T) calls instead of O(T).
 
-For the numbers of one step to lie side by side the blocks are transposed, and moving single numbers would cost more than
-all arithmetic. So the recursion is first carried over a window of a few steps, cₜ = b·cₜ₊₄ + a, which moves them by four.
+For the numbers of one step to lie side by side the blocks are transposed, and moving single numbers would cost more
+than all arithmetic. So the recursion first goes over a window of a few steps, cₜ = a·cₜ₊₄ + b: four move at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def reverse_scan(factor: Tensor, term: Tensor, last: Tensor, bits: Tensor | None
 
     _chain(a, b)
     lasts = last.repeat_interleave(window)
-    carry = b[0].view(rows, blocks, window).transpose(0, 1).reshape(blocks, -1)  # c of each block's first window
+    carry = b[0].clone().view(rows, blocks, window).transpose(0, 1).reshape(blocks, -1)  # c of every first window
     _follow(a[0].view(rows, blocks, window).transpose(0, 1).reshape(blocks, -1), carry, lasts)
     after = torch.cat([carry[1:], lasts[None]])  # what follows each block
     b.addcmul_(a, after.view(blocks, rows, window).transpose(0, 1).reshape(-1))
