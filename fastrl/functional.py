@@ -86,7 +86,7 @@ def logprobs_from_hidden(
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
         buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, on a CPU an eighth of the
-            rows (128 to 512 of them) and at most 128 MiB.
+            rows (64 to 512 of them) and at most 128 MiB.
         token_ids, temperature, mask, backend: as for `logprobs_from_logits`.
 
     Masked rows are dropped before the GEMM, at the cost of one host synchronisation. The gradient computes the logits
