@@ -44,7 +44,7 @@ class HiddenOptions(NamedTuple):
         item = weight.element_size()
         # fp32 logits stand beside their gradient in the dtype of the operands
         row = row_stride(weight.shape[0]) * (item + 4 if self.wide_logits else item) + _PLACE_BYTES * self.capacity
-        return rows_per_chunk(weight.device.type, row * (2 if self.overlap else 1), self.buffer_bytes, rows, whole)
+        return rows_per_chunk(weight, self.buffer_bytes, rows, whole, row * (2 if self.overlap else 1))
 
 
 class _Buffer(NamedTuple):

@@ -96,14 +96,11 @@ def test_rows_at_once():
     assert row_stride(32000) == 32000 and row_stride(50257) == 50272
     for vocab in (1024, 65536, 131072, 16384 - 3):
         assert row_stride(vocab) % 1024 and row_stride(vocab) % 16 == 0 and row_stride(vocab) >= vocab
-    small, large = torch.empty(1000, 1), torch.empty(151936, 1)
-
-    def rows(weight, buffer_bytes, count, whole=0):
-        return rows_per_chunk("cpu", row_stride(weight.shape[0]) * 4, buffer_bytes, count, whole)
-
-    assert [rows(small, 0, n) for n in (1, 512, 2048, 10**6)] == [128, 128, 256, 512]
-    assert 200 < rows(large, 0, 8192) < 221 and rows(large, 0, 8192) % 8 == 0
-    assert rows(large, 0, 8192) * row_stride(151936) * 4 <= 128 * 2**20
-    assert rows(small, 0, 2048, whole=300) == 300  # a sequence is not computed twice for want of a few rows
-    assert rows(large, 0, 8192, whole=300) == rows(large, 0, 8192)
-    assert rows(small, 7 * 1008 * 4, 2048, whole=300) == 7 and rows(large, 1, 8192) == 1
+    small, large = torch.empty(1000, 64), torch.empty(151936, 1)
+    assert [rows_per_chunk(small, 0, n) for n in (1, 512, 2048, 10**6)] == [64, 64, 256, 512]
+    assert [rows_per_chunk(torch.empty(10, width), 0, 512) for width in (8, 200, 256, 4096)] == [64, 96, 128, 128]
+    assert 200 < rows_per_chunk(large, 0, 8192) < 221 and rows_per_chunk(large, 0, 8192) % 8 == 0
+    assert rows_per_chunk(large, 0, 8192) * row_stride(151936) * 4 <= 128 * 2**20
+    assert rows_per_chunk(small, 0, 2048, whole=300) == 300  # a sequence is not computed twice for want of a few rows
+    assert rows_per_chunk(large, 0, 8192, whole=300) == rows_per_chunk(large, 0, 8192)
+    assert rows_per_chunk(small, 7 * 1008 * 4, 2048, whole=300) == 7 and rows_per_chunk(large, 1, 8192) == 1
