@@ -90,6 +90,10 @@ class Case:
     """The entry of `bench.targets.TARGETS` that this case decides."""
     memory_only: bool = False
     """Whether only peak memory is taken: a point of a growth curve."""
+    short: bool = False
+    """Whether it is over in microseconds on a GPU, where a call's time is the host's: the kernels' own is taken too."""
+    first_call: bool = False
+    """Whether a GPU run also times one call of a fresh process with no kernel compiled yet."""
 
 
 def timed_inputs(case: Case, provider: Provider) -> Inputs:

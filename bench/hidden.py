@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -70,9 +71,10 @@ def _native(shape: Shape) -> Run:
 
 
 def _verl(shape: Shape) -> Run:
-    """verl's Triton kernels, as its actor calls them with `use_fused_kernels` and the Triton backend."""
+    """verl's Triton kernels, as its actor calls them with `use_fused_kernels` and the Triton backend; on a CPU what its
+    other backend calls, chunks of plain torch."""
     if shape.device == "cpu":
-        raise Unavailable("its Triton kernels need a GPU")
+        return _verl_torch(shape)
     if shape.hidden % 128:
         raise Unavailable("its kernels need H in multiples of 128")
     linear_cross_entropy = peers.verl("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
@@ -88,21 +90,34 @@ def _verl(shape: Shape) -> Run:
     return run
 
 
+def _verl_torch(shape: Shape) -> Run:
+    fused = peers.verl("verl.utils.experimental.torch_functional").FusedLinearForPPO()
+
+    def run(inputs: Inputs) -> Inputs:
+        logps, _ = fused(inputs["hidden"], inputs["weight"], inputs["ids"])
+        return {"loss": plain.grpo(logps, inputs)}
+
+    return run
+
+
 def _cut_cross_entropy(shape: Shape) -> Run:
-    """Its exact variant: the default drops gradients below bf16's epsilon, which is another computation."""
-    if shape.device == "cpu":
-        raise Unavailable("its Triton kernels need a GPU")
-    if shape.dtype == "fp32":
-        raise Unavailable("its kernels take bf16 and fp16")
+    """Its exact variant: the default drops gradients below bf16's epsilon, which is another computation. On a CPU what
+    it offers there, plain torch compiled."""
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:
         raise Unavailable(str(error)) from None
+    if shape.device == "cpu":
+        how: dict[str, Any] = {"impl": "torch_compile"}
+    elif shape.dtype == "fp32":
+        raise Unavailable("its kernels take bf16 and fp16")
+    elif importlib.util.find_spec("cut_cross_entropy.cce_utils"):  # after 25.1.1, the last one on PyPI
+        how = {"impl": "cce_exact"}
+    else:
+        how = {"impl": "cce", "filter_eps": None}
 
     def run(inputs: Inputs) -> Inputs:
-        nll = linear_cross_entropy(
-            inputs["hidden"], inputs["weight"], inputs["ids"], reduction="none", impl="cce_exact"
-        )  # fmt: skip
+        nll = linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["ids"], reduction="none", **how)
         return {"loss": plain.grpo(-nll, inputs)}
 
     return run
@@ -204,6 +219,8 @@ def _providers(shape: Shape, frozen: bool, kl_coef: float = plain.KL_COEF) -> di
 
 
 def _target(shape: Shape, frozen: bool) -> str:
+    if shape.device == "cpu":
+        return "cpu-hidden-frozen" if frozen else "cpu-hidden"
     if frozen:
         return "hidden-frozen"
     return "hidden-small" if shape.hidden < 4096 else "hidden"
@@ -221,6 +238,7 @@ def loss_case(shape: Shape, frozen: bool, only: tuple[str, ...] = (), **more: An
         oracle=_oracle,
         least_flops=frozen_flops if frozen else trainable_flops,
         target=_target(shape, frozen),
+        first_call=_target(shape, frozen) == "hidden" and shape.rows == 4096 and shape.vocab == 151936,
     )
     return dataclasses.replace(case, **more)
 
@@ -237,7 +255,7 @@ def _realistic_case(shape: Shape) -> Case:
         providers=providers | {"fastrl-dense": Provider(_fastrl, timed=dense)},
         oracle=_oracle,
         least_flops=realistic_flops,
-        target="realistic",
+        target="realistic" if shape.device != "cpu" else None,
     )
 
 

@@ -177,6 +177,7 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         oracle=partial(_oracle, sequence=sequence),
         least_bytes=loss_bytes,
         target="logits-sequence" if sequence else "logits",
+        first_call=not sequence and shape.vocab == SCORED_VOCAB,
     )
     return dataclasses.replace(case, **more)
 

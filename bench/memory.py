@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 
 from bench.case import Case, Provider, Run, step, timed_inputs
 from bench.quiet import Neighbours, wait_for_quiet
-from bench.timing import timed
+from bench.timing import timed, waited
 
 ROOT = Path(__file__).parents[1]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -86,11 +87,17 @@ def in_fresh_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
     return found | {"first_ms": None}
 
 
-def _in_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench", "--worker", case.name, provider, "--device", "cpu"]
+def first_call(case: Case, provider: str, quick: bool) -> dict[str, Any]:
+    """first_ms on a GPU, in a process of its own that finds no compiled kernel; the import is not in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _in_process(case, provider, quick, TRITON_CACHE_DIR=folder)
+
+
+def _in_process(case: Case, provider: str, quick: bool, **settings: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench", "--worker", case.name, provider, "--device", case.shape.device]
     command += ["--quick"] * quick
     # One compile thread: a pool of compilers outlives the call, and would count as somebody else's work.
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | settings
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -102,6 +109,9 @@ def worker(case: Case, name: str) -> dict[str, Any]:
     """The first step of this process, timed with everything that only a first call does, and the peak of a second."""
     provider = case.providers[name]
     run = provider.load(case.shape)
+    if case.shape.device != "cpu":
+        given = timed_inputs(case, provider)
+        return {"first_ms": waited(lambda: step(run, given))}
     touch(case)
     peaks, times, disturbed = [], [], []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Plots of a run: time against the floor, peak memory and speed-up per case; peak memory as N and V grow."""
+"""Plots of a run: time against the floor, peak memory and speed-up per case; memory and time as N, V and H grow."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Row = dict[str, Any]
 
 
 def draw(path: Path, rows: list[Row], title: str) -> Iterator[Path]:
-    """Write NAME.png for the timed cases and NAME-growth.png for the growth curves beside NAME.json; their paths."""
+    """Write NAME.png for the timed cases and NAME-growth.png for curves over sizes beside NAME.json; their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     made = (
         (path.with_suffix(".png"), _bars([row for row in rows if row["ms"]], title)),
-        (path.with_name(f"{path.stem}-growth.png"), _growth([row for row in rows if row["suite"] == "memory"], title)),
+        (path.with_name(f"{path.stem}-growth.png"), _growth(rows, title)),
     )
     for target, figure in made:
         if figure is not None:
@@ -72,39 +72,66 @@ def _speed_up(row: Row) -> float:
     return found["median"] if found and found["steady"] else 0.0
 
 
+VALUES = {"peak_mib": "peak memory beyond the inputs, MiB", "ms": "ms, median"}
+AXES = {"rows": "N", "vocab": "V", "hidden": "H"}
+
+
 def _growth(rows: list[Row], title: str) -> Any:
-    """For each level, peak memory over N at the vocabulary of most sizes, and over V at the number of rows of most."""
+    """Memory and time of each level over N, V and H, one of them at a time, wherever there are three sizes."""
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if row["peak_mib"] is not None]
-    levels = list(dict.fromkeys(row["case"].split("-N")[0] for row in rows))
-    if not levels:
+    panels = list(growth_panels(rows))
+    if not panels:
         return None
-    figure, axes = plt.subplots(len(levels), 2, figsize=(11, 4 * len(levels)), squeeze=False, layout="constrained")
-    for line, level in zip(axes, levels, strict=True):
-        of_level = [row for row in rows if row["case"].split("-N")[0] == level]
-        for axis, key, fixed in zip(line, ("rows", "vocab"), ("vocab", "rows"), strict=True):
-            at, points = curve(of_level, key, fixed)
-            for provider, (x, y) in points.items():
-                ours = provider.startswith("fastrl")
-                axis.plot(x, y, marker="o", label=provider, linewidth=2.5 if ours else 1)
-            axis.set(xscale="log", yscale="log", ylabel="peak memory beyond the inputs, MiB")
-            axis.set_xlabel(f"{'N' if key == 'rows' else 'V'}, at {'V' if key == 'rows' else 'N'} = {at}")
-            axis.set_title(level, fontsize=9, loc="left")
-        line[1].legend(fontsize=8)
+    lines = -(-len(panels) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(15, 4 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (level, value, key, at, points) in zip(axes.flat, panels, strict=False):
+        for provider, (x, y) in points.items():
+            axis.plot(x, y, marker="o", label=provider, linewidth=2.5 if provider.startswith("fastrl") else 1)
+        axis.set(xscale="log", yscale="log", ylabel=VALUES[value])
+        fixed = ", ".join(f"{AXES[name]} = {size}" for name, size in at.items() if size)
+        axis.set_xlabel(f"{AXES[key]}, at {fixed}")
+        axis.set_title(level, fontsize=9, loc="left")
+        axis.legend(fontsize=8)
     figure.suptitle(title)
     return figure
 
 
-def curve(rows: list[Row], key: str, fixed: str) -> tuple[int, dict[str, tuple[list[int], list[float]]]]:
-    """Peak MiB over `key` by provider, where `fixed` has the value that comes with most different `key`."""
-    sizes = {(row["shape"][fixed], row["shape"][key]) for row in rows}
-    values = sorted({value for value, _ in sizes})
-    at = max(values, key=lambda value: sum(size[0] == value for size in sizes))
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for row in sorted(rows, key=lambda row: row["shape"][key]):
-        if row["shape"][fixed] == at:
+Points = dict[str, tuple[list[int], list[float]]]
+
+
+def growth_panels(rows: list[Row]) -> Iterator[tuple[str, str, str, dict[str, int], Points]]:
+    """(level, value, key, sizes that stay, points by provider) of every curve with three points."""
+    for level in dict.fromkeys(_level(row) for row in rows):
+        of_level = [row for row in rows if _level(row) == level]
+        for value in VALUES:
+            for key in AXES:
+                at, points = curve(of_level, key, value)
+                points = {provider: xy for provider, xy in points.items() if len(xy[0]) >= 3}
+                if points:
+                    yield level, value, key, at, points
+
+
+def _level(row: Row) -> str:
+    return row["case"].split("-N")[0]
+
+
+def curve(rows: list[Row], key: str, value: str = "peak_mib") -> tuple[dict[str, int], Points]:
+    """A value over one size by provider, where the other sizes have the values that come with most different ones."""
+    fixed = [name for name in AXES if name != key]
+    measured = [row for row in rows if row[value] is not None]
+    sizes: dict[tuple[int, ...], set[int]] = {}
+    for row in measured:
+        sizes.setdefault(tuple(row["shape"].get(name, 0) for name in fixed), set()).add(row["shape"].get(key, 0))
+    if not sizes:
+        return {}, {}
+    at = max(sorted(sizes), key=lambda others: len(sizes[others]))
+    found: Points = {}
+    for row in sorted(measured, key=lambda row: row["shape"].get(key, 0)):
+        if tuple(row["shape"].get(name, 0) for name in fixed) == at:
             x, y = found.setdefault(row["provider"], ([], []))
-            x.append(row["shape"][key])
-            y.append(row["peak_mib"])
-    return at, found
+            x.append(row["shape"].get(key, 0))
+            y.append(row[value] if value == "peak_mib" else row[value]["median"])
+    return dict(zip(fixed, at, strict=True)), found

@@ -24,9 +24,9 @@ LABELS = {
     r"logits-grpo-N(\d+)-V(\d+)-(\w+)": "GRPO with KL from logits, {} x {} {}",
     r"logits-gspo-N(\d+)-V(\d+)-(\w+)": "GSPO with KL from logits, {} x {} {}",
     r"logits-score-N(\d+)-V(\d+)-(\w+)": "log-probs and entropies from logits, {} x {} {}",
-    r"hidden-(trainable|frozen)-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, {} head, {} x {} x {} {}",
     r"hidden-peaked-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, peaked distribution, {} x {} x {} {}",
     r"hidden-realistic-N(\d+)-H(\d+)-V(\d+)-(\w+)": "the same with padding and zero advantages, {} x {} x {} {}",
+    r"(?:cpu-)?hidden-(\w+)-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, {} head, {} x {} x {} {}",
     r"token-policy-N(\d+)": "loss and metrics from log-probs, {} tokens",
     r"token-advantages-S(\d+)-G(\d+)": "group advantages, {} rewards in groups of {}",
     r"scan-gae-B(\d+)-T(\d+)": "GAE, {} x {}",
@@ -72,7 +72,7 @@ def section(documents: Documents) -> str:
     for device in sorted({document["device"] for document in documents.values()}, reverse=True):
         parts += _device({name: d for name, d in documents.items() if d["device"] == device}, device)
     if not any(document["device"] != "cpu" for document in documents.values()):
-        wanted = "; ".join(target.text for target in targets.TARGETS.values())
+        wanted = "; ".join(target.text for target in targets.TARGETS.values() if target.device != "cpu")
         parts.append(_wrapped(f"**No GPU figure has been measured yet.** Targets that wait for one: {wanted}."))
     return "\n\n".join(parts) + "\n"
 
@@ -105,13 +105,17 @@ def _device(documents: Documents, device: str) -> Iterator[str]:
     )
     chosen, withheld = choose(documents)
     yield _table(chosen, lambda row: _figure(row["ms"] and row["ms"]["median"]))
+    cold = {name: rows for name, rows in chosen.items() if any(row.get("cold_ms") for row in rows)}
+    if cold:
+        yield "The same in ms after other data went through the caches:"
+        yield _table(cold, lambda row: _figure((row.get("cold_ms") or {}).get("median")))
     yield "Peak memory beyond the inputs, in MiB:"
     yield _table(memory(documents), lambda row: _figure(row["peak_mib"]))
     yield _wrapped(_losses(chosen, memory(documents)))
     if withheld:
         names = "; ".join(map(label, withheld))
         yield _wrapped(f"No time is given where other processes disturbed fastrl's rounds: {names}.")
-    verdicts = list(targets.verdicts([row for rows in chosen.values() for row in rows])) if device != "cpu" else []
+    verdicts = list(targets.verdicts([row for rows in chosen.values() for row in rows]))
     if verdicts:
         yield "\n".join(["| case | target | found |", "|---|---|---|"] + [
             f"| {label(v.case)} | {v.wanted} | {v.found}{' (missed)' * (v.met is False)} |" for v in verdicts
@@ -141,7 +145,7 @@ def memory(documents: Documents) -> dict[str, list[Row]]:
     found: dict[str, dict[str, Row]] = {}
     for document in documents.values():
         for row in document["rows"]:
-            if row["peak_mib"] is not None and row["shape"]["vocab"] and row["suite"] in ("logits", "hidden"):
+            if row["peak_mib"] is not None and row["shape"]["vocab"] and row["suite"] in ("logits", "hidden", "cpu"):
                 found.setdefault(row["case"], {})[row["provider"]] = row
     return {name: list(found[name].values()) for name in _ordered(found)}
 

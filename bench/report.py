@@ -27,7 +27,18 @@ def table(rows: list[Row]) -> Table:
         caption_justify="left",
     )
     made.add_column("provider")
-    for name in ("ms", "quartiles", "first ms", "peak MiB", "rate", "of ceiling", "vs eager", "error / bar"):
+    for name in (
+        "ms",
+        "quartiles",
+        "cold ms",
+        "quartiles",
+        "first ms",
+        "peak MiB",
+        "rate",
+        "of ceiling",
+        "vs eager",
+        "error / bar",
+    ):
         made.add_column(name, justify="right")
     for row in rows:
         if row["reason"] is None:
@@ -44,11 +55,14 @@ def _cells(row: Row) -> list[str]:
     worst = "-" if row["errors"] is None else f"{max(e['error'] / e['bar'] for e in row['errors'].values()):.2f}"
     if row["status"] == "approximate":
         worst += " (approximate)"
-    return [*speed, _number(row["first_ms"]), _number(row["peak_mib"]), *reached, _ratio(row["vs_eager"]), worst]
+    cold = row["cold_ms"]
+    late = ["-", "-"] if cold is None else [f"{cold['median']:.4g}", f"{cold['q25']:.4g}-{cold['q75']:.4g}"]
+    return [*speed, *late, _number(row["first_ms"]), _number(row["peak_mib"]), *reached, _ratio(row["vs_eager"]), worst]
 
 
-def verdict_table(verdicts: list[Verdict]) -> Table:
-    made = Table(title="Targets for one H200", title_justify="left")
+def verdict_table(verdicts: list[Verdict], device: str) -> Table:
+    where = "the CPU, against plain torch" if device == "cpu" else "one H200"
+    made = Table(title=f"Targets for {where}", title_justify="left")
     for name in ("case", "wanted", "found", "met"):
         made.add_column(name)
     for verdict in verdicts:

@@ -16,13 +16,15 @@ from bench import memory
 from bench.case import Case, Run, Unavailable, unchanged
 from bench.check import Oracle
 from bench.quiet import Neighbours, wait_for_quiet
-from bench.timing import time_step
+from bench.timing import kernel_time, time_step
 
 SECONDS_PER_CASE = 12.0
 SECONDS_FOR_RETRIES, SECONDS_OF_PATIENCE = 60.0, 120.0
 """Per case, how long rounds in place of dropped ones may take, and how long rounds may wait for quiet."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 WARM_UP_SECONDS, WARM_UPS = 1.0, 5
+COLD_SECONDS = 2.0
+"""A case whose providers take longer than this together has no cold rounds: its own data flushes the caches."""
 STEADY = 1.5
 """A provider whose quartiles are further apart than this factor has no speed-up worth printing."""
 
@@ -45,11 +47,16 @@ def run_case(
     if case.memory_only:
         _take_memory(case, rows, runs, quick, say)
         return list(rows.values())
-    rounds = _warm_up(case, rows, runs, say, seconds)
-    times, dropped = _rounds(case, rows, runs, rounds, case.shape.device == "cpu" and not quick, say)
+    total = _warm_up(case, rows, runs, say)
+    guarded = case.shape.device == "cpu" and not quick
+    short = total < COLD_SECONDS
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / total / (1 + short)))) if total else MIN_ROUNDS
+    times, dropped = _rounds(case, rows, runs, rounds, guarded, say)
+    cold = _rounds(case, rows, runs, rounds, guarded, say, cold=True)[0] if short else {}
     _take_memory(case, rows, runs, quick, say)
     for name in runs:
         rows[name] |= _speed(case, times[name], ceilings) | _against_eager(times, name, dropped is not None)
+        rows[name]["cold_ms"] = _spread(cold[name]) if cold.get(name) else None
         if case.providers[name].timed is not unchanged:  # the least work was counted for other inputs
             rows[name]["rate"] = None
         rows[name]["disturbed_rounds"] = "none, too few were quiet" if dropped is None else dropped
@@ -62,7 +69,7 @@ def skipped(case: Case, names: list[str], reason: str) -> list[Row]:
 
 
 def _rounds(
-    case: Case, rows: dict[str, Row], runs: dict[str, Run], wanted: int, guarded: bool, say: Say
+    case: Case, rows: dict[str, Row], runs: dict[str, Run], wanted: int, guarded: bool, say: Say, cold: bool = False
 ) -> tuple[dict[str, list[float]], int | None]:
     """Milliseconds per provider, one each per round, and how many rounds were dropped because others disturbed them
     (none unless `guarded`: on a GPU other processes' CPU time says little, and a quick run takes what comes).
@@ -77,14 +84,14 @@ def _rounds(
     while runs and len(quiet) < wanted and len(every) < 2 * wanted:
         if len(every) >= wanted and time.monotonic() - start > SECONDS_FOR_RETRIES:
             break
-        say(f"{case.name}: round {len(quiet) + 1} of {wanted}")
+        say(f"{case.name}: {'cold ' * cold}round {len(quiet) + 1} of {wanted}")
         if guarded and len(every) > len(quiet):  # disturbed before: look before the next
             waited = wait_for_quiet(patience)
             patience, start = max(patience - waited, 0.0), start + waited
         neighbours, found = Neighbours(), {}
         for name in _rotated(list(runs), len(every)):
             with _reason_for_failure(rows[name], runs):
-                found[name] = _time(case, name, runs)
+                found[name] = _time(case, name, runs, cold)
         every.append(found)
         if not (guarded and neighbours.disturbed()):
             quiet.append(found)
@@ -110,6 +117,8 @@ def _row(case: Case, name: str) -> Row:
         "errors": None,
         "checked_rows": None,
         "ms": None,
+        "cold_ms": None,
+        "kernels": None,
         "first_ms": None,
         "peak_mib": None,
         "first_peak_mib": None,
@@ -172,9 +181,9 @@ def tidy(message: str) -> str:
     return re.sub(r"(?:/[\w.+-]+){2,}", "...", first)[:300]
 
 
-def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say, seconds: float) -> int:
+def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say) -> float:
     """Untimed steps: they compile what is left to compile, raise clocks, and touch memory that a virtual machine may
-    only now get from its host. Returns how many rounds the time allows."""
+    only now get from its host. Returns the seconds of one round."""
     total = 0.0
     memory.touch(case)
     for name in list(runs):
@@ -186,15 +195,17 @@ def _warm_up(case: Case, rows: dict[str, Row], runs: dict[str, Run], say: Say, s
                     break
                 spent.append(_time(case, name, runs) / 1e3)
             total += spent[-1]
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / total))) if total else MIN_ROUNDS
+    return total
 
 
-def _time(case: Case, name: str, runs: dict[str, Run]) -> float:
-    return time_step(case, case.providers[name], runs[name])
+def _time(case: Case, name: str, runs: dict[str, Run], cold: bool = False) -> float:
+    return time_step(case, case.providers[name], runs[name], cold)
 
 
 def _take_memory(case: Case, rows: dict[str, Row], runs: dict[str, Run], quick: bool, say: Say) -> None:
     for name in list(runs):
+        if case.providers[name].floor and case.shape.device == "cpu":
+            continue  # a fresh process for what nobody compares with
         say(f"{case.name}: memory of {name}")
         with _reason_for_failure(rows[name], runs):
             rows[name] |= _memory(case, name, runs[name], quick)
@@ -205,13 +216,18 @@ def _memory(case: Case, name: str, run: Run, quick: bool) -> Row:
         return memory.in_fresh_process(case, name, quick)
     if case.memory_only:  # nothing has run at this size yet: the first call compiles, and allocates for it
         time_step(case, case.providers[name], run)
-    return {"peak_mib": memory.gpu_peak(case, case.providers[name], run)}
+    found: Row = {"peak_mib": memory.gpu_peak(case, case.providers[name], run)}
+    if case.short:
+        found["kernels"] = kernel_time(case, case.providers[name], run)
+    if case.first_call and name == "fastrl":
+        found |= memory.first_call(case, name, quick)
+    return found
 
 
 def _speed(case: Case, times: list[float], ceilings: dict[str, float | None]) -> Row:
     """Median, spread, and the share of the ceiling that the least possible bytes or FLOP make of it."""
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    ms = {"median": median, "q25": low, "q75": high, "min": min(times), "max": max(times), "samples": times}
+    ms = _spread(times)
+    median = ms["median"]
     if case.least_flops is not None:
         flops = case.least_flops(case.shape)
         achieved, ceiling, unit = flops / median / 1e9, ceilings[f"gemm_{case.shape.dtype}_tflops"], "TFLOP/s"
@@ -222,6 +238,11 @@ def _speed(case: Case, times: list[float], ceilings: dict[str, float | None]) ->
         rate = {"least_bytes": moved}
     rate |= {"value": achieved, "unit": unit, "ceiling": ceiling, "share": achieved / ceiling if ceiling else None}
     return {"ms": ms, "rate": rate}
+
+
+def _spread(times: list[float]) -> Row:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "q25": low, "q75": high, "min": min(times), "max": max(times), "samples": times}
 
 
 def _against_eager(times: dict[str, list[float]], name: str, undisturbed: bool) -> Row:

@@ -85,6 +85,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             },
             oracle=_loop,
             least_bytes=least_bytes,
-            target="gae",
+            target="cpu-gae" if device == "cpu" else "gae",
+            short=True,
         )
     ]

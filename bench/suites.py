@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench import growth, logits, scan, sparse, tokens
+from bench import cpu, growth, logits, scan, sparse, tokens
 from bench.case import Case, Inputs, Provider, Run, Shape
 from bench.targets import TARGETS
 
@@ -14,6 +14,7 @@ SUITES = {
     "token": tokens.cases,
     "scan": scan.cases,
     "memory": growth.cases,
+    "cpu": cpu.cases,
 }
 PROVIDERS = (
     "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-dense", "fastrl-sparse",
@@ -29,8 +30,9 @@ def cases(suite: str, device: str, quick: bool) -> list[Case]:
 
 
 def _target_cases(device: str, quick: bool) -> list[Case]:
-    """Only the cases that a target speaks of, only with the providers that it compares; the short ones first."""
-    found = [case for case in cases("all", device, quick) if case.target]
+    """Only the cases that a target for the device speaks of, only with the providers that it compares; the short ones
+    first."""
+    found = [c for c in cases("all", device, quick) if c.target and TARGETS[c.target].device == device]
     for i, case in enumerate(found):
         wanted = TARGETS[case.target].providers
         chosen = {name: provider for name, provider in case.providers.items() if name in wanted}

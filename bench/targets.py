@@ -1,4 +1,4 @@
-"""What fastrl is meant to reach on one H200, as data; the verdict on a run's rows is computed from it."""
+"""What fastrl is meant to reach, on one H200 and on a CPU, as data; the verdict on a run's rows is computed from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bench.case import DTYPES
+
 Row = dict[str, Any]
+BUFFER_MIB = 1280
+"""Of logits held at once on an accelerator."""
+SLACK_MIB = 64
+"""Workspace of the vendor's products, and tensors of [N]."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +21,23 @@ class Target:
     """Bounds on the provider "fastrl" in one case."""
 
     text: str
+    device: str = "cuda"
     share: float | None = None
     """Of the measured ceiling, at least."""
     floor: float | None = None
     """Times the provider "floor", which does the bare copy or products in the same rounds, at most."""
-    ms: float | None = None
+    kernel_ms: float | None = None
+    """Milliseconds of its kernels, at most."""
     faster: Mapping[str, float] = field(default_factory=dict)
     """Provider -> how many times as fast, at least: the median over rounds of the ratio."""
+    time: float | None = None
+    """Times eager's time, at most."""
+    memory: float | None = None
+    """Times eager's peak memory beyond the inputs, at most."""
+    head: str | None = None
+    """"trainable" or "frozen": peak memory is at most the gradients and the one buffer of logits."""
+    first_seconds: float | None = None
+    """One call of a fresh process with nothing compiled, at most; asked of the cases that have `first_call`."""
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -29,22 +45,28 @@ class Target:
         return ("eager", *(name for name in self.faster if name != "eager"), "fastrl", "floor")
 
 
+_ANCHORS = {"trl": 1.3, "liger": 5.0}
 TARGETS = {
     "score": Target("log-probs and entropies from logits, no gradient", share=0.9, faster={"trl": 1.0}),
-    "logits": Target("GRPO with KL from logits, token level", floor=1.2, faster={"liger": 1.4}),
+    "logits": Target("GRPO with KL from logits, token level", floor=1.2, faster={"liger": 1.4}, first_seconds=5.0),
     "logits-sequence": Target("GRPO with KL from logits, sequence level", floor=1.2, faster={"liger": 2.0}),
     "hidden": Target(
-        "GRPO from hidden states, trainable head", floor=1 / 0.95, faster={"trl": 1.3, "liger": 5.0}
+        "GRPO from hidden states, trainable head", floor=1 / 0.95, faster=_ANCHORS, head="trainable", first_seconds=5.0
     ),
     "hidden-small": Target(
-        "GRPO from hidden states, trainable head, H = 1536", floor=1 / 0.9, faster={"trl": 1.3, "liger": 5.0}
+        "GRPO from hidden states, trainable head, H = 1536", floor=1 / 0.9, faster=_ANCHORS, head="trainable"
     ),
-    "hidden-frozen": Target("GRPO from hidden states, frozen head", floor=1 / 0.95),
+    "hidden-frozen": Target("GRPO from hidden states, frozen head", floor=1 / 0.95, head="frozen"),
     "realistic": Target("30 % padding, 30 % zero advantage, no KL, against dense", faster={"fastrl-dense": 1.8}),
-    "token": Target("token loss with metrics", ms=0.015, faster={"eager": 10.0, "torch.compile": 2.0}),
-    "advantages": Target("group advantages, 1024 groups of 8", ms=0.01, faster={"verl": 100.0}),
-    "gae": Target("GAE, 512 x 8192", ms=0.03, faster={"eager": 100.0}),
-}  # fmt: skip
+    "token": Target(
+        "token loss with metrics", kernel_ms=0.015, faster={"eager": 10.0, "torch.compile": 2.0}, first_seconds=5.0
+    ),
+    "advantages": Target("group advantages, 1024 groups of 8", kernel_ms=0.01, faster={"verl": 100.0}),
+    "gae": Target("GAE, 512 x 8192", kernel_ms=0.03, faster={"eager": 100.0}),
+    "cpu-hidden": Target("GRPO from hidden states, trainable head, CPU", device="cpu", time=0.6, memory=0.12),
+    "cpu-hidden-frozen": Target("GRPO from hidden states, frozen head, CPU", device="cpu", time=0.6, memory=0.12),
+    "cpu-gae": Target("GAE, 512 x 8192, CPU", device="cpu", faster={"eager": 20.0}),
+}
 
 
 class Verdict(NamedTuple):
@@ -56,32 +78,73 @@ class Verdict(NamedTuple):
 
 
 def verdicts(rows: list[Row]) -> Iterator[Verdict]:
-    """One per bound of each case with a target among the rows."""
+    """One per bound of each case with a target for its device among the rows."""
     for case in dict.fromkeys(row["case"] for row in rows if row.get("target")):
         by_provider = {row["provider"]: row for row in rows if row["case"] == case}
         ours = by_provider.get("fastrl")
-        if ours is not None:
+        if ours is not None and TARGETS[ours["target"]].device == ours["shape"].get("device", "cuda"):
             yield from _of_case(case, TARGETS[ours["target"]], ours, by_provider)
 
 
 def _of_case(case: str, target: Target, ours: Row, others: dict[str, Row]) -> Iterator[Verdict]:
-    share = ours["rate"]["share"] if ours["ms"] else None
-    median = ours["ms"]["median"] if ours["ms"] else None
-    ratios = {name: ratio(ours, others.get(name)) for name in ("floor", *target.faster)}
-    slower = None if ratios["floor"] is None else 1 / ratios["floor"]
     if target.share is not None:
+        share = ours["rate"]["share"] if ours["ms"] else None
         yield _verdict(case, f">= {target.share:.0%} of the ceiling", share, "{:.0%}", share and share >= target.share)
     if target.floor is not None:
+        slower = _slower(ours, others.get("floor"))
         yield _verdict(case, f"<= {target.floor:.3g}x the floor", slower, "{:.2f}x", slower and slower <= target.floor)
-    if target.ms is not None:
-        yield _verdict(case, f"<= {1e3 * target.ms:.3g} us", median and 1e3 * median, "{:.3g} us",
-                       median and median <= target.ms)  # fmt: skip
-    for name, wanted in target.faster.items():
-        found = ratios[name]
-        yield _verdict(case, f">= {wanted:g}x as fast as {name}", found, "{:.2f}x", found and found >= wanted)
+    if target.kernel_ms is not None:
+        own = (ours.get("kernels") or {}).get("ms")
+        wanted = f"<= {1e3 * target.kernel_ms:.3g} us of kernels"
+        yield _verdict(case, wanted, own and 1e3 * own, "{:.3g} us", own and own <= target.kernel_ms)
+    for name, wanted_ratio in target.faster.items():
+        found = ratio(ours, others.get(name))
+        wanted = f">= {wanted_ratio:g}x as fast as {name}"
+        yield _verdict(case, wanted, found, "{:.2f}x", found and found >= wanted_ratio)
+    yield from _against_eager(case, target, ours, others)
+    if target.head is not None:
+        peak, bound = ours["peak_mib"], gradients_mib(ours["shape"], target.head) + _buffer_mib(ours["shape"])
+        wanted = f"<= {bound:.0f} MiB, gradients and one buffer"
+        yield _verdict(case, wanted, peak, "{:.0f} MiB", peak is not None and peak <= bound)
+    if target.first_seconds is not None and ours.get("first_ms"):
+        seconds = ours["first_ms"] / 1e3
+        wanted = f"first call <= {target.first_seconds:g} s"
+        yield _verdict(case, wanted, seconds, "{:.1f} s", seconds <= target.first_seconds)
 
 
-def _verdict(case: str, wanted: str, found: float | None, pattern: str, met: bool | None) -> Verdict:
+def _against_eager(case: str, target: Target, ours: Row, others: dict[str, Row]) -> Iterator[Verdict]:
+    """Time and memory as parts of eager's; beside each, what of it nobody can avoid: the products, the gradients."""
+    eager = others.get("eager")
+    if target.time is not None:
+        slower, products = _slower(ours, eager), _slower(others.get("floor"), eager)
+        pattern = "{:.2f}x" + ("" if products is None else f" (the bare products {products:.2f}x)")
+        yield _verdict(case, f"<= {target.time:g}x eager's time", slower, pattern, slower and slower <= target.time)
+    if target.memory is not None:
+        theirs = eager and eager["peak_mib"]
+        part = ours["peak_mib"] / theirs if theirs and ours["peak_mib"] is not None else None
+        head = "frozen" if "frozen" in case else "trainable"
+        least = gradients_mib(ours["shape"], head) / theirs if theirs else 0.0
+        pattern = f"{{:.3f}}x (the gradients {least:.3f}x)"
+        met = part is not None and part <= target.memory
+        yield _verdict(case, f"<= {target.memory:g}x eager's memory", part, pattern, met)
+
+
+def gradients_mib(shape: Mapping[str, Any], head: str) -> float:
+    """dhidden, and for a trainable head its gradient: summed in fp32, and once more in the head's own dtype if that is
+    another."""
+    item = DTYPES[shape["dtype"]].itemsize
+    size = shape["rows"] * shape["hidden"] * item
+    if head == "trainable":
+        size += shape["vocab"] * shape["hidden"] * (4 if item == 4 else 4 + item)
+    return size / 2**20
+
+
+def _buffer_mib(shape: Mapping[str, Any]) -> float:
+    logits = shape["rows"] * shape["vocab"] * DTYPES[shape["dtype"]].itemsize / 2**20
+    return min(BUFFER_MIB, logits) + SLACK_MIB
+
+
+def _verdict(case: str, wanted: str, found: float | None, pattern: str, met: Any) -> Verdict:
     if found is None:
         return Verdict(case, wanted, "not measured", None)
     return Verdict(case, wanted, pattern.format(found), bool(met))
@@ -93,3 +156,9 @@ def ratio(ours: Row, other: Row | None) -> float | None:
         return None
     pairs = zip(other["ms"]["samples"], ours["ms"]["samples"], strict=True)
     return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
+def _slower(one: Row | None, other: Row | None) -> float | None:
+    """one's time / the other's."""
+    found = None if one is None else ratio(one, other)
+    return None if found is None else 1 / found

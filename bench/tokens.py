@@ -104,6 +104,8 @@ def _policy_case(shape: Shape) -> Case:
         oracle=_oracle,
         least_bytes=policy_bytes,
         target="token",
+        short=True,
+        first_call=True,
     )
 
 
@@ -125,6 +127,7 @@ def _advantage_case(shape: Shape, group: int) -> Case:
         least_bytes=advantage_bytes,
         check_rows=False,
         target="advantages" if group == 8 else None,
+        short=True,
     )
 
 

@@ -58,12 +58,17 @@ class Flat(NamedTuple):
         """(N,) int64: the sequence of each token."""
         if self.sequence_ids is not None:
             return self.sequence_ids.long()
-        rows = torch.arange(self.num_tokens, device=self.token_ids.device)
-        return rows // max(self.width, 1)
+        return self._repeated(torch.arange(self.num_sequences, device=self.token_ids.device))
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
         """(S,) -> (N,): each token takes its sequence's value."""
-        return per_sequence[self.sequence_of_token()]
+        if self.sequence_ids is not None:
+            return per_sequence[self.sequence_ids.long()]
+        return self._repeated(per_sequence)
+
+    def _repeated(self, per_sequence: Tensor) -> Tensor:
+        """The same for a padded batch, without an index: dividing and gathering would cost as much as the loss."""
+        return per_sequence[:, None].expand(-1, self.width).reshape(-1)
 
 
 def segment_total(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -86,7 +86,8 @@ def logprobs_from_hidden(
     Args:
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
-        buffer_bytes: bound on the logits held at once; default 128 MiB on a CPU, 1.25 GiB on an accelerator.
+        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, on a CPU an eighth of the
+            rows (64 to 512 of them) and at most 128 MiB.
         out_dtype: torch.float32 = logits in fp32 from bf16 or fp16 operands, not rounded between the product and the
             softmax; their gradient is rounded once, for the products of backward. Takes a row three times the memory,
             within buffer_bytes. None = the dtype of the operands.

@@ -17,10 +17,6 @@ from fastrl.rollouts import Rollouts
 from fastrl.rows import Scoring
 from fastrl.spec import Aggregation, LossSpec
 
-DEFAULT_BUFFER_BYTES = {"cpu": 128 * 2**20}
-"""Bytes of logits held at once at the hidden level, by device type; `_ACCELERATOR_BUFFER_BYTES` elsewhere."""
-_ACCELERATOR_BUFFER_BYTES = 1280 * 2**20
-
 
 def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
     """What a spec needs from a batch."""
@@ -194,9 +190,10 @@ def normalizer(normalizer: float | Tensor | None, spec: LossSpec, like: Tensor) 
     return torch.full((), float(normalizer), dtype=wide(like.dtype), device=like.device)
 
 
-def buffer(buffer_bytes: int | None, hidden: Tensor) -> int:
+def buffer(buffer_bytes: int | None) -> int:
+    """Bytes of logits held at once at the hidden level; 0 = the default of `chunking.rows_per_chunk`."""
     if buffer_bytes is None:
-        return DEFAULT_BUFFER_BYTES.get(hidden.device.type, _ACCELERATOR_BUFFER_BYTES)
+        return 0
     if isinstance(buffer_bytes, bool) or not isinstance(buffer_bytes, int) or buffer_bytes < 1:
         _checks.refuse("buffer_bytes", "a positive int, the bytes of logits held at once", repr(buffer_bytes))
     return buffer_bytes
@@ -217,7 +214,7 @@ def hidden_options(
     """The checked options of a call at the hidden level; `hidden` in the dtype of the products."""
     if not isinstance(overlap, bool):
         _checks.refuse("overlap", "True or False", repr(overlap), error=TypeError)
-    size = buffer(buffer_bytes, hidden)
+    size = buffer(buffer_bytes)
     capacity = 0 if sparse_eps is None else _capacity(sparse_eps, sparse_capacity)
     if sparse_eps is None and sparse_capacity is not None:
         remedy = "set sparse_eps as well, or leave it None"

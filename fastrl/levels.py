@@ -49,9 +49,9 @@ def logits_loss(
 ) -> LogitsLoss:
     """The loss from logits. With `dlogits` (may be the logits themselves) its gradient is written there; with `grad`
     only, the derivatives per token are returned and the gradient is left to `backend.differentiate`."""
-    if dlogits is not None and plan(spec, backend.fuses_objectives).kind == PlanKind.FUSED:
-        scores = torch.empty((4, flat.num_tokens), dtype=torch.float32, device=logits.device)
-        inputs = reference.token_inputs(flat, normalizer, spec, torch.float32)
+    if dlogits is not None and plan(spec, backend.fuses_objectives).kind in backend.one_pass:
+        scores = torch.empty((4, flat.num_tokens), dtype=wide(logits.dtype), device=logits.device)
+        inputs = reference.token_inputs(flat, normalizer, spec, scores.dtype)
         dlogp = torch.empty_like(scores[0])
         dentropy = torch.empty_like(dlogp) if spec.entropy_coef else None
         rows = RowScores(*scores.unbind(0))
@@ -137,12 +137,12 @@ def hidden_loss(
     dtype = wide(hidden.dtype)
     inputs = reference.token_inputs(flat, normalizer, spec, dtype)
     rows = LiveRows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
-    project = Projection(hidden, weight, bias, options, rows.total, needs, backend)
+    longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
+    project = Projection(hidden, weight, bias, options, rows.total, needs, backend, longest)
     scale = _half_scale(inputs, spec) if any(needs) and hidden.dtype == torch.float16 else None
     stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
     passes = _Passes.of(kind, scoring, inputs, spec, RowScores(*stack.unbind(0)), scale, options, backend)
     grad_count = rows.grad_count if any(needs) else 0
-    longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
 
     if (longest > project.limit or kind == PlanKind.BATCH) and grad_count:
         rows = rows._replace(ends=[])
@@ -222,7 +222,7 @@ class _Passes(NamedTuple):
     def score_and_differentiate(self, chunk: Chunk) -> None:
         """A, B, C."""
         scoring, derivatives = self.scoring.at(chunk.rows), (self.dlogp, self.dentropy)
-        if self.kind == PlanKind.FUSED and chunk.sparse is None:
+        if self.kind in self.backend.one_pass and chunk.sparse is None:
             self.backend.score_and_differentiate(
                 chunk.logits, scoring, self.inputs, self.spec, self.scores, *derivatives, chunk.gradient
             )

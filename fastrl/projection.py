@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl import backend as backends
+from fastrl.chunking import row_stride, rows_per_chunk
 from fastrl.reference import wide
 from fastrl.rows import SparseRows
 
@@ -21,7 +22,7 @@ _ROWS_AT_ONCE = 64  # a CPU's library sums a row in an order that depends on how
 class HiddenOptions(NamedTuple):
     """How the hidden level computes: how much at once, how exactly, in which order."""
 
-    buffer_bytes: int
+    buffer_bytes: int  # 0 = the default of `chunking.rows_per_chunk`
     wide_logits: bool = False  # fp32 logits from half-precision operands
     sparse_eps: float | None = None
     capacity: int = 0  # places per row of a sparse gradient
@@ -37,18 +38,13 @@ class HiddenOptions(NamedTuple):
         size, wide_logits, eps, capacity, overlap = numbers
         return cls(int(size), bool(wide_logits), None if eps < 0 else eps, int(capacity), bool(overlap))
 
-    def rows_per_buffer(self, weight: Tensor) -> int:
-        """How many rows of logits fit a buffer, at least one. The same with and without a gradient, so that scoring
-        takes the same rows at once as training does."""
+    def rows_per_buffer(self, weight: Tensor, rows: int, whole: int = 0) -> int:
+        """How many of `rows` rows of logits fit a buffer, at least one. The same with and without a gradient, so that
+        scoring takes the same rows at once as training does. `whole` of them belong together."""
         item = weight.element_size()
         # fp32 logits stand beside their gradient in the dtype of the operands
-        row = _stride(weight.shape[0]) * (item + 4 if self.wide_logits else item) + _PLACE_BYTES * self.capacity
-        return max(1, self.buffer_bytes // (row * (2 if self.overlap else 1)))
-
-
-def _stride(vocab: int) -> int:
-    """A padded row stride keeps rows 16-byte aligned for an odd vocabulary."""
-    return -(-vocab // 16) * 16
+        row = row_stride(weight.shape[0]) * (item + 4 if self.wide_logits else item) + _PLACE_BYTES * self.capacity
+        return rows_per_chunk(weight, self.buffer_bytes, rows, whole, row * (2 if self.overlap else 1))
 
 
 class _Buffer(NamedTuple):
@@ -79,9 +75,10 @@ class Projection:
         count: int,  # of rows that will come
         needs: tuple[bool, bool, bool] = (False, False, False),
         backend: Any = None,  # where the gradient may be sparse
+        whole: int = 0,  # rows that belong together
     ):
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.limit = min(options.rows_per_buffer(weight), max(count, 1))
+        self.limit = min(options.rows_per_buffer(weight, hidden.shape[0], whole), max(count, 1))
         self._sparse = None if options.sparse_eps is None or not any(needs) else backends.load_sparse(backend.name)
         buffers = 2 if options.overlap and count > self.limit else 1
         self._buffers = [self._allocate(options, any(needs)) for _ in range(buffers)]
@@ -94,7 +91,7 @@ class Projection:
         self._first = True
 
     def _allocate(self, options: HiddenOptions, grad: bool) -> _Buffer:
-        shape, device = (self.limit, _stride(self.weight.shape[0])), self.weight.device
+        shape, device = (self.limit, row_stride(self.weight.shape[0])), self.weight.device
         dtype = torch.float32 if options.wide_logits else self.weight.dtype
         logits = torch.empty(shape, dtype=dtype, device=device)
         apart = grad and dtype != self.weight.dtype

@@ -42,7 +42,7 @@ class TokenInputs(NamedTuple):
     sequence: Tensor  # (n,) int64
     lengths: Tensor  # (S,)
 
-    def take(self, rows: Tensor) -> TokenInputs:
+    def take(self, rows: Tensor | slice) -> TokenInputs:
         """The inputs of some rows; for a sequence-level ratio they must be whole sequences."""
         per_token: list[Any] = [None if field is None else field[rows] for field in self[:-1]]
         return TokenInputs._make([*per_token, self.lengths])

@@ -12,7 +12,7 @@ from fastrl import backend as backends
 from fastrl.reference import wide
 from fastrl.scan import reverse_scan
 
-_ELEMENTS = 2**20  # taken at once on the torch backend, so that the temporaries stay in the cache
+_ELEMENTS = 2**19  # taken at once on the torch backend, so that the temporaries stay in the cache
 
 
 class _Steps(NamedTuple):
@@ -242,13 +242,12 @@ def _by_torch(steps: _Steps, decay: _Decay) -> tuple[Tensor, Tensor]:
         some = slice(start, start + count)
         part, out = steps.part(some), returns[some]
         bits = None if part.keep is None else part.keep.to(_BITS[returns.dtype]).neg_()
-        state = _state(part, decay, lam[some], bits)
+        torch.add(part.rewards, _state(part, decay, lam[some], bits), out=out)
         if part.values is not None:
-            torch.add(part.rewards, state, out=advantages[some]).sub_(part.values)
-            _zero_masked_(advantages[some], bits)
+            _zero_masked_(torch.sub(out, part.values, out=advantages[some]), bits)
         if lam_returns is not None:
-            state = _state(part, decay, lam_returns[some], bits)
-        _zero_masked_(torch.add(part.rewards, state, out=out), bits)
+            torch.add(part.rewards, _state(part, decay, lam_returns[some], bits), out=out)
+        _zero_masked_(out, bits)
     return advantages, returns
 
 
@@ -258,13 +257,13 @@ def _state(steps: _Steps, decay: _Decay, lam: Tensor, bits: Tensor | None) -> Te
     It follows one affine recursion, cₜ = γλ·cₜ₊₁ + γλ·rₜ + γ(1 − λ)·Vₜ, where two would be needed for Aₜ and for the
     value behind the masked steps.
     """
-    rewards, values, keep, bootstrap = steps
+    rewards, values, _, bootstrap = steps
     factor = decay.gamma * lam
     term = rewards * factor[:, None]
     if values is not None:
         term.addcmul_(values, (decay.gamma - factor)[:, None])
     last = torch.zeros_like(lam) if bootstrap is None else decay.gamma * bootstrap
-    return reverse_scan(factor, _zero_masked_(term, bits), last, keep if decay.carry_masked else None)
+    return reverse_scan(factor, _zero_masked_(term, bits), last, bits if decay.carry_masked else None)
 
 
 def _per_row(lam: float | Tensor | None, like: Tensor) -> Tensor | None:

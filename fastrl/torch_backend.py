@@ -1,14 +1,16 @@
 """Steps A, B and C in plain torch: what runs on a CPU, and wherever Triton does not.
 
 Rows are taken a few at a time, so that the temporaries stay in the cache and nothing of [N, V] is allocated besides
-the gradient that is asked for.
+the gradient that is asked for. Where that gradient has the working dtype it first holds the exponentials of step A, and
+step C only scales them: an exponential costs as much as all other passes over a logit together.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,15 +18,18 @@ from torch import Tensor
 
 from fastrl import reference
 from fastrl.flat import Flat
+from fastrl.plan import PlanKind
 from fastrl.reference import TokenInputs, wide
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import LossSpec
 
 name = "torch"
-fuses_objectives = False  # no one-pass kernel: A, B, C always run one after the other
+fuses_objectives = False  # B is the specification itself, in torch, between A and C
+one_pass = frozenset({PlanKind.ROWS, PlanKind.SEQUENCES})
 
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**27}  # on a CPU two cores' L2 caches hold three such blocks
+_BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**27}  # on a CPU large enough for a call's overhead, small enough for the cache
 _LOWEST = -1e5  # exp of it is 0 in float32 and float64, and 0·_LOWEST is 0 where 0·(−inf) is NaN
+_LOG2E = 1 / math.log(2)  # torch's exp2 is its own vector code everywhere, its exp a library's, on some CPUs 3x slower
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -75,26 +80,26 @@ class _Targets(NamedTuple):
     ids: Tensor  # (n, 1) int64, safe to index with
     outside: Tensor  # (n,) bool: the id was not in the vocabulary
     valid: Tensor | None  # (n,) bool; None = all count
-    factor: Tensor | None  # (n, 1), when the temperature differs between tokens
+    factor: Tensor | float  # f of z = f·u; (n, 1) when the temperature differs between tokens
 
     @classmethod
     def of(cls, scoring: Scoring, vocab: int, dtype: torch.dtype) -> _Targets:
         tokens = slice(None) if scoring.rows is None else scoring.rows
         ids = scoring.ids[tokens]
         safe = ids.clamp(0, vocab - 1)
-        factor = (
-            None if scoring.temperature is None else scoring.factor / scoring.temperature[tokens].to(dtype)[:, None]
-        )
+        factor: Tensor | float = scoring.factor
+        if scoring.temperature is not None:
+            factor = scoring.factor / scoring.temperature[tokens].to(dtype)[:, None]
         valid = None if scoring.mask is None else scoring.mask[tokens]
         return cls(tokens, safe[:, None], ids != safe, valid, factor)
 
+    def factor_of(self, rows: slice) -> Tensor | float:
+        return self.factor[rows] if isinstance(self.factor, Tensor) else self.factor
 
-def _scale_rows(x: Tensor, scoring: Scoring, targets: _Targets, start: int, stop: int) -> None:
-    """x ← f·x for rows start:stop."""
-    if targets.factor is not None:
-        x.mul_(targets.factor[start:stop])
-    elif scoring.factor != 1.0:
-        x.mul_(scoring.factor)
+
+def _exponents(u: Tensor, top: Tensor, factor: Tensor | float, out: Tensor) -> Tensor:
+    """out ← log₂e·f·(u − m), the exponents of 2. The maximum goes first: the product of a large logit is rounded."""
+    return torch.sub(u, top, out=out).mul_(factor * _LOG2E)
 
 
 def _nothing_in(rows: Tensor | None) -> bool:
@@ -102,39 +107,57 @@ def _nothing_in(rows: Tensor | None) -> bool:
     return rows is not None and rows.device.type == "cpu" and not rows.any()
 
 
-def score(logits: Tensor, scoring: Scoring, out: RowScores) -> None:
-    """Step A: write logp, entropy, row maximum and log-sum of every row; 0 under the mask."""
+def _weighted_sum(d: Tensor, e: Tensor) -> Tensor:
+    """(r, V), (r, V) -> (r,): Σ e·d with 0·(−inf) = 0; d is overwritten. On a CPU it is looked for in the sums."""
+    if d.device.type != "cpu":
+        return _row_sum(d.clamp_(min=_LOWEST).mul_(e))
+    sums = _row_sum(d.mul_(e))
+    # A NaN logit made the sum of e NaN as well: nothing is hidden here.
+    return _row_sum(d.nan_to_num_(nan=0.0)) if bool(sums.isnan().any()) else sums
+
+
+def score(logits: Tensor, scoring: Scoring, out: RowScores, keep: Tensor | None = None) -> None:
+    """Step A: write logp, entropy, row maximum and log-sum of every row; 0 under the mask. With `keep`, in the working
+    dtype and maybe the logits themselves, leave exp(z − m) there, 0 at the target, but nothing under the mask."""
     vocab, dtype = logits.shape[-1], wide(logits.dtype)
     targets = _Targets.of(scoring, vocab, dtype)
-    scratch = _scratch(logits, 2)
+    scratch = _scratch(logits, 2 if keep is None else 1)
     chosen, others, weighted, top = torch.zeros((4, targets.ids.shape[0]), dtype=dtype, device=logits.device).unbind(0)
-    for start, stop, rows in _blocks(logits):
+    places: Iterable[Tensor | None] = itertools.repeat(None) if keep is None else _blocks_like(keep, logits)
+    for (start, stop, rows), place in zip(_blocks(logits), places, strict=False):
         here = slice(start, stop)
         if targets.valid is not None and _nothing_in(targets.valid[here]):
             continue
         u, _ = _transform(rows, scoring)
-        d, e = scratch[:, : stop - start]
+        f = targets.factor_of(here)
         torch.amax(u, -1, out=top[here])
-        torch.sub(u, top[here, None], out=d)
-        _scale_rows(d, scoring, targets, start, stop)
-        chosen[here] = d.gather(-1, targets.ids[here])[:, 0]
-        torch.exp(d.clamp_(min=_LOWEST), out=e)
+        chosen[here] = (u.gather(-1, targets.ids[here]) - top[here, None]).mul_(f)[:, 0]
+        d = _exponents(u, top[here, None], f, out=scratch[0, : stop - start])
+        e = torch.exp2(d, out=scratch[1, : stop - start] if place is None else place)
         e.scatter_(-1, targets.ids[here], 0)
         others[here] = _row_sum(e)
-        weighted[here] = _row_sum(e.mul_(d))
+        weighted[here] = _weighted_sum(d, e)
     # The target joins last: where it is the maximum, log1p keeps what 1 + the others would round away.
     own = chosen.exp()
     log_sum = torch.where(own == 1, others.log1p(), (others + own).log())
-    entropy = (log_sum - (weighted + own * chosen.clamp_min(_LOWEST)) / (others + own)).clamp(0, math.log(vocab))
+    mean = (weighted / _LOG2E + own * chosen.clamp_min(_LOWEST)) / (others + own)
+    entropy = (log_sum - mean).clamp(0, math.log(vocab))
     logp = (chosen - log_sum).clamp_max(0).masked_fill(targets.outside, torch.nan)
     for field, values in zip(out, (logp, entropy, top, log_sum), strict=True):
         field[targets.tokens] = values if targets.valid is None else values.masked_fill(~targets.valid, 0)
 
 
 def differentiate(
-    logits: Tensor, scoring: Scoring, scores: RowScores, dlogp: Tensor | None, dentropy: Tensor | None, out: Tensor
+    logits: Tensor,
+    scoring: Scoring,
+    scores: RowScores,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    out: Tensor,
+    kept: bool = False,
 ) -> None:
-    """Step C: out ← d(Σ dlogp·logp + dentropy·entropy)/dlogits, row by row; `out` may be `logits`."""
+    """Step C: out ← d(Σ dlogp·logp + dentropy·entropy)/dlogits, row by row; `out` may be `logits`, or hold what `score`
+    kept of them (`kept`, which is for logits without softcap and no dentropy)."""
     vocab, dtype = logits.shape[-1], wide(logits.dtype)
     targets = _Targets.of(scoring, vocab, dtype)
     row = RowScores(*(field[targets.tokens][:, None] for field in scores))
@@ -142,34 +165,55 @@ def differentiate(
     e = None if dentropy is None else dentropy[targets.tokens][:, None].to(dtype)
     live = _live(targets, c, e, row.logp)
     c = c.masked_fill(targets.outside[:, None], torch.nan)
-    share = -c * torch.exp(-row.log_sum)
+    share = -c * torch.exp(-row.log_sum) * targets.factor
     own = -c * torch.expm1(row.logp)  # c·(1 − p) of the target, without cancellation
     if e is not None:
         own -= e * row.logp.exp() * (row.logp.clamp_min(_LOWEST) + row.entropy)
+    own = own * targets.factor
     scratch = _scratch(logits, 1) if out.dtype != dtype else None
     for (start, stop, rows), target in zip(_blocks(logits), _blocks_like(out, logits), strict=True):
         here = slice(start, stop)
         if _nothing_in(live[here]):
             target.zero_()
             continue
-        u, tanh = _transform(rows, scoring)
         g = target if scratch is None else scratch[0, : stop - start]
-        torch.sub(u, row.row_max[here], out=g)
-        _scale_rows(g, scoring, targets, start, stop)
+        f = targets.factor_of(here)
+        tanh = None
+        if not kept:
+            u, tanh = _transform(rows, scoring)
+            _exponents(u, row.row_max[here], f, out=g)
         if e is None:
-            g.exp_().mul_(share[here])
+            (g if kept else g.exp2_()).mul_(share[here])
         else:
-            g.sub_(row.log_sum[here])
-            slope = (g.clamp(min=_LOWEST) + row.entropy[here]).mul_(e[here]).add_(c[here])
-            g.exp_().mul_(slope).neg_()
+            g.sub_(row.log_sum[here] * _LOG2E)  # log₂ p
+            slope = g.clamp(min=_LOWEST).mul_(e[here] * (-f / _LOG2E)).sub_((e[here] * row.entropy[here] + c[here]) * f)
+            g.exp2_().mul_(slope)
         g.scatter_(-1, targets.ids[here], own[here])
-        _scale_rows(g, scoring, targets, start, stop)
         if tanh is not None:
             g.mul_(tanh.square_().neg_().add_(1)).mul_(scoring.inner * scoring.softcap)
         if targets.valid is not None:  # a zero cotangent gives zeros by itself, garbage under the mask may not
             g.masked_fill_(~live[here, None], 0)
         if g is not target:
             target.copy_(g)
+
+
+def score_and_differentiate(
+    logits: Tensor,
+    scoring: Scoring,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    scores: RowScores,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    """A, B, C on rows that hold whole sequences if the spec needs them; `out` may be `logits`. Every number is, to the
+    bit, what the steps give one by one."""
+    keeps = out.dtype == wide(logits.dtype) and scoring.softcap is None and dentropy is None
+    score(logits, scoring, scores, out if keeps else None)
+    rows = slice(None) if scoring.rows is None else scoring.rows
+    coefficients(scores, inputs, rows, spec, dlogp, dentropy)
+    differentiate(logits, scoring, scores, dlogp, dentropy, out, keeps)
 
 
 def _live(targets: _Targets, c: Tensor, e: Tensor | None, logp: Tensor) -> Tensor:
@@ -236,7 +280,7 @@ def token_loss(
 
 
 def coefficients(
-    scores: RowScores, inputs: TokenInputs, rows: Tensor, spec: LossSpec, dlogp: Tensor, dentropy: Tensor | None
+    scores: RowScores, inputs: TokenInputs, rows: Tensor | slice, spec: LossSpec, dlogp: Tensor, dentropy: Tensor | None
 ) -> None:
     """Step B for some rows only, whole sequences if the ratio needs them: write their derivatives."""
     _, c, e = _value_and_grad(scores.logp[rows], scores.entropy[rows], inputs.take(rows), spec)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrl import metrics, torch_backend
 from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
+from fastrl.plan import PlanKind
 from fastrl.reduction import denominator, entropy_weights, weighting
 from fastrl.reference import TokenInputs
 from fastrl.registry import bounds
@@ -23,6 +24,7 @@ assert kernels.STATISTICS == metrics.STATISTICS, "the kernel's columns and the m
 
 name = "triton"
 fuses_objectives = True
+one_pass = frozenset({PlanKind.FUSED})
 
 
 def _transform(scoring: Scoring) -> dict[str, float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 pytest.importorskip("rich", reason="needs rich")
 
 from bench import __main__ as command
-from bench import hidden, inputs, plots, readme, runner, suites, targets
+from bench import hidden, inputs, plots, readme, runner, suites, targets, timing
 from bench.case import Case, Shape
+
+SHAPE = {"rows": 8, "vocab": 100, "hidden": 4, "dtype": "fp32", "device": "cuda"}
 
 
 def row(provider: str, ms: float | None, *, case: str = "scan-gae-B512-T8192", **more: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def row(provider: str, ms: float | None, *, case: str = "scan-gae-B512-T8192", *
     speed = None if ms is None else {"median": ms, "samples": [ms] * 3}
     made = {
         "case": case, "suite": case.split("-")[0], "target": None, "provider": provider, "status": "ok", "ms": speed,
-        "shape": {"rows": 8, "vocab": 100}, "rate": {"share": 0.5}, "vs_eager": {"median": 2.0, "steady": True}, "peak_mib": None,
+        "shape": SHAPE, "rate": {"share": 0.5}, "vs_eager": {"median": 2.0, "steady": True}, "peak_mib": None,
     }  # fmt: skip
     return made | more
 
@@ -42,7 +45,8 @@ def test_the_readme_is_up_to_date() -> None:
 
 def test_check_fails_on_a_stale_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stale = tmp_path / "README.md"
-    stale.write_text((readme.ROOT / "README.md").read_text().replace("| 1754 |", "| 1700 |"))
+    before, section = (readme.ROOT / "README.md").read_text().split(readme.BEGIN)
+    stale.write_text(before + readme.BEGIN + re.sub(r"\| \d+\.\d \|", "| 1.5 |", section, count=1))
     assert command.main(["readme", "--check", "--readme", str(stale)]) == 1
     assert "out of date" in capsys.readouterr().err
     assert command.main(["readme", "--readme", str(stale)]) == 0
@@ -88,7 +92,7 @@ def test_losses_are_stated() -> None:
 
 
 def test_gpu_runs_bring_verdicts() -> None:
-    rows = [row("eager", 4.0), row("fastrl", 0.02, target="gae")]
+    rows = [row("eager", 4.0), row("fastrl", 0.02, target="gae", kernels={"ms": 0.02, "launches": 1})]
     text = readme.section({"a.json": document(rows, device="cuda")})
     assert "an accelerator" in text and "No GPU figure" not in text
     assert "| GAE, 512 x 8192 | >= 100x as fast as eager | 200.00x |" in text
@@ -97,10 +101,20 @@ def test_gpu_runs_bring_verdicts() -> None:
 @pytest.mark.parametrize(
     ("target", "rows", "met"),
     [
-        ("gae", [row("eager", 3.0), row("fastrl", 0.02)], [True, True]),
-        ("gae", [row("eager", 1.0), row("fastrl", 0.05)], [False, False]),
-        ("gae", [row("fastrl", 0.02)], [True, None]),
+        ("gae", [row("eager", 3.0), row("fastrl", 0.02, kernels={"ms": 0.029})], [True, True]),
+        ("gae", [row("eager", 1.0), row("fastrl", 0.05, kernels={"ms": 0.031})], [False, False]),
+        ("gae", [row("fastrl", 0.02)], [None, None]),  # a clock of calls says nothing of the kernels
         ("gae", [row("eager", 3.0), row("fastrl", None)], [None, None]),
+        (
+            "token",
+            [row("eager", 1.0), row("torch.compile", 0.2), row("fastrl", 0.1, first_ms=4900.0)],
+            [None, True, True, True],
+        ),
+        (
+            "token",
+            [row("eager", 1.0), row("torch.compile", 0.2), row("fastrl", 0.1, first_ms=5100.0)],
+            [None, True, True, False],
+        ),
         ("score", [row("fastrl", 1.0, rate={"share": 0.91}), row("trl", 1.1)], [True, True]),
         ("score", [row("fastrl", 1.0, rate={"share": 0.89}), row("trl", 0.9)], [False, False]),
         ("score", [row("fastrl", 1.0, rate={"share": None}), row("trl", 1.1)], [None, True]),
@@ -123,9 +137,14 @@ def test_verdicts_pair_the_rounds() -> None:
 
 
 def test_every_target_has_a_case_with_its_providers() -> None:
-    cases = suites.cases("targets", "cuda", quick=False)
+    cases = [case for device in ("cpu", "cuda") for case in suites.cases("targets", device, quick=False)]
     assert {case.target for case in cases} == set(targets.TARGETS)
+    assert {case.target for case in cases if case.first_call} == {
+        name for name, target in targets.TARGETS.items() if target.first_seconds
+    }
+    assert all(case.short for case in cases if targets.TARGETS[case.target].kernel_ms)
     for case in cases:
+        assert targets.TARGETS[case.target].device == case.shape.device
         target = targets.TARGETS[case.target]
         assert set(target.faster) <= set(case.providers) <= set(target.providers), case.name
         assert target.floor is None or case.providers["floor"].floor, case.name
@@ -187,10 +206,14 @@ def test_growth_curves(tmp_path: Path) -> None:
         for n, v in sizes
         for provider in ("eager", "fastrl")
     ]
-    at, curves = plots.curve(rows, "rows", "vocab")
-    assert at == 32000 and curves["fastrl"] == ([64, 128, 256], [64 * 32e3, 128 * 32e3, 256 * 32e3])
-    at, curves = plots.curve(rows, "vocab", "rows")
-    assert at == 64 and curves["eager"][0] == [8000, 32000, 64000]
+    at, curves = plots.curve(rows, "rows")
+    assert at["vocab"] == 32000 and curves["fastrl"] == ([64, 128, 256], [64 * 32e3, 128 * 32e3, 256 * 32e3])
+    at, curves = plots.curve(rows, "vocab")
+    assert at["rows"] == 64 and curves["eager"][0] == [8000, 32000, 64000]
+    assert [panel[1:3] for panel in plots.growth_panels(rows)] == [("peak_mib", "rows"), ("peak_mib", "vocab")]
+    timed = [r | {"ms": {"median": r["peak_mib"] / 1e3}} for r in rows]
+    assert [panel[1:3] for panel in plots.growth_panels(timed)][2:] == [("ms", "rows"), ("ms", "vocab")]
+    assert plots.curve(timed, "rows", "ms")[1]["eager"][1] == [64 * 32.0, 128 * 32.0, 256 * 32.0]
     assert [path.name for path in plots.draw(tmp_path / "run.json", rows, "title")] == ["run-growth.png"]
     assert [path.name for path in plots.draw(tmp_path / "run.json", [row("fastrl", 1.0)], "title")] == ["run.png"]
 
@@ -201,6 +224,25 @@ def test_the_memory_suite_spans_n_and_v() -> None:
         assert max(s.rows for s in shapes) == 8 * min(s.rows for s in shapes)
         assert max(s.vocab for s in shapes) >= 8 * min(s.vocab for s in shapes)
     assert all(case.memory_only for case in suites.cases("memory", "cpu", quick=True))
+    assert not any(case.memory_only for case in suites.cases("memory", "cuda", quick=False))
+
+
+def test_the_cpu_suite_spans_n_h_and_v() -> None:
+    shapes = [case.shape for case in suites.cases("cpu", "cpu", quick=False)]
+    for size in ("rows", "hidden", "vocab"):
+        assert len({getattr(shape, size) for shape in shapes}) >= 3, size
+    assert suites.cases("cpu", "cuda", quick=False) == []
+
+
+def test_cold_rounds_flush_the_last_cache() -> None:
+    flushed = timing._flushing("cpu")
+    before = int(flushed[0])
+    case = suites.cases("scan", "cpu", quick=True)[0]
+    provider = case.providers["fastrl"]
+    run = provider.load(case.shape)
+    assert timing.time_step(case, provider, run) > 0 and flushed[0] == before
+    assert timing.time_step(case, provider, run, cold=True) > 0 and flushed[0] == before + 1
+    assert flushed.numel() == 2 * timing.last_cache_bytes("cpu") >= 2**20
 
 
 def test_floors_compute_what_their_names_say() -> None:
