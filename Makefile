@@ -20,6 +20,9 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
 	$(BIN)/python examples/hand_written_loop.py
 	$(BIN)/python examples/hf_trainer.py
+	$(BIN)/python examples/verl_policy_loss.py
+	$(BIN)/python examples/openrlhf_policy_loss.py
+	$(BIN)/python examples/ppo_with_critic.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
@@ -43,6 +46,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trl,parity,dev]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(ANY_PYTHON) --target $(VENV)/peers verl openrlhf
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python -c constraints.txt --only-binary=:all: \
+		--target $(VENV)/peers skyrl areal torchtitan
 	touch $@
 
 clean:

@@ -65,6 +65,8 @@ class Provider:
     """Changes what is timed but not what is checked: fastrl on the dense batch, beside the realistic one."""
     floor: bool = False
     """Not an implementation but the same bytes or products alone: timed in the same rounds, not checked."""
+    approximate: bool = False
+    """Computes something else on purpose: its errors are reported beside the bars, not held to them."""
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,17 @@ class Cost(NamedTuple):
 
 
 class Traffic:
-    """Bytes of all loads and stores of the kernels that run meanwhile."""
+    """Bytes of all loads and stores of the kernels that run meanwhile, or of those that move 16-bit numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, half_only: bool = False) -> None:
+        self._half_only = half_only
         self.issued = {"read": 0, "written": 0}
         self._places: dict[str, list[np.ndarray]] = {"read": [], "written": []}
 
     def add(self, kind: str, pointers: Any, mask: Any) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if self._half_only and size != 2:
+            return
         places = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         places = places[np.broadcast_to(mask.data, places.shape)].ravel()
         self.issued[kind] += places.size * size
@@ -65,11 +68,12 @@ class Traffic:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count the bytes of the kernels that run in the interpreter meanwhile."""
+def counted(half_only: bool = False) -> Iterator[Traffic]:
+    """Count the bytes of the kernels that run in the interpreter meanwhile; `half_only`: those of 16-bit numbers, the
+    logits and their gradient."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    traffic, load, store = Traffic(), Builder.create_masked_load, Builder.create_masked_store
+    traffic, load, store = Traffic(half_only), Builder.create_masked_load, Builder.create_masked_store
 
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         traffic.add("read", pointers, mask)
@@ -207,8 +211,10 @@ def hidden_costs() -> Iterator[Cost]:
 
 def costs() -> list[Cost]:
     """Every case; the kernels must run in the interpreter (TRITON_INTERPRET=1)."""
+    from bench.sparse_cost import sparse_costs  # which is built from what stands above
+
     torch.manual_seed(0)
-    return [*logits_costs(), *token_costs(), *hidden_costs()]
+    return [*logits_costs(), *token_costs(), *hidden_costs(), *sparse_costs()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

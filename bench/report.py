@@ -42,6 +42,8 @@ def _cells(row: Row) -> list[str]:
     if rate is not None:
         reached = [f"{rate['value']:.3g} {rate['unit']}", "-" if rate["share"] is None else f"{rate['share']:.0%}"]
     worst = "-" if row["errors"] is None else f"{max(e['error'] / e['bar'] for e in row['errors'].values()):.2f}"
+    if row["status"] == "approximate":
+        worst += " (approximate)"
     return [*speed, _number(row["first_ms"]), _number(row["peak_mib"]), *reached, _ratio(row["vs_eager"]), worst]
 
 

@@ -141,7 +141,10 @@ def _checked(case: Case, rows: dict[str, Row], say: Say) -> dict[str, Run]:
             row["checked_rows"] = oracle.shape.rows
             row["errors"] = {key: {"error": e.error, "bar": e.bar} for key, e in errors.items()}
             wrong = [f"{key} is off by {e.error:.2e}, allowed {e.bar:.2e}" for key, e in errors.items() if not e.ok]
-            if wrong:
+            if case.providers[name].approximate:
+                row["status"] = "approximate"
+                runs[name] = run
+            elif wrong:
                 row |= {"status": "wrong", "reason": "; ".join(wrong)}
             else:
                 runs[name] = run

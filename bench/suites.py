@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench import growth, hidden, logits, scan, tokens
+from bench import growth, logits, scan, sparse, tokens
 from bench.case import Case, Inputs, Provider, Run, Shape
 from bench.targets import TARGETS
 
 SUITES = {
     "logits": logits.cases,
-    "hidden": hidden.cases,
+    "hidden": sparse.hidden_cases,
     "token": tokens.cases,
     "scan": scan.cases,
     "memory": growth.cases,
 }
 PROVIDERS = (
-    "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-dense", "liger", "trl",
-    "verl", "cut-cross-entropy", "floor",
+    "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-dense", "fastrl-sparse",
+    "liger", "trl", "verl", "cut-cross-entropy", "floor",
 )  # fmt: skip
 
 

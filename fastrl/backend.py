@@ -84,6 +84,11 @@ def load(name: str) -> Any:
     return importlib.import_module(f"fastrl.{name}_backend")
 
 
+def load_sparse(name: str) -> Any:
+    """The part of a backend that holds the sparse gradient."""
+    return importlib.import_module(f"fastrl.{name}_sparse")
+
+
 def of(tensor: Tensor, backend: str) -> str:
     """Name of the backend that `tensor` takes."""
     return choose(tensor.device, tensor.dtype, backend).name

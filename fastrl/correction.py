@@ -102,6 +102,14 @@ def policy_weights(b: Behaviour, spec: LossSpec) -> Tensor:
     return torch.where(rejected(b, spec), 0.0, importance_weights(b, spec))
 
 
+def sequence_weights(weights: Tensor, keep: Tensor, floor: float = 1e-10) -> Tensor:
+    """(B, T) weights per token -> (B, T): the geometric mean of each sequence's, exp(mean log(w + floor)) over its
+    valid tokens, for an objective that has one loss per sequence (verl 0.9's geo_mean; its floor)."""
+    logs = torch.where(keep, (weights.detach().double() + floor).log(), 0.0)
+    mean = logs.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp_min(1)
+    return mean.exp().to(weights.dtype).expand(weights.shape)
+
+
 def off_policy(logps: Tensor, advantages: Tensor, b: Behaviour, spec: LossSpec) -> Tensor:
     """(n,) bool: tokens with A < 0 in sequences whose mean of behaviour − logp exceeds `off_policy_threshold`.
 

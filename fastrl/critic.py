@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from fastrl import _checks, inputs
 from fastrl.reduction import padded_weights
 from fastrl.reference import wide
 from fastrl.returns import n_step_returns
-from fastrl.spec import LossSpec
+from fastrl.spec import Aggregation, LossSpec
 
 
 class _Terms(NamedTuple):
@@ -167,10 +166,20 @@ class ValueMetrics(Mapping[str, Tensor]):
         return dict(zip(self._names, torch.stack([self[name] for name in self._names]).tolist(), strict=True))
 
 
-@functools.lru_cache(maxsize=64)
+# Specs of which only the aggregation matters, built ahead: torch.compile cannot trace the checks of a new one.
+_SPECS: dict[tuple[str, int | None], LossSpec] = {
+    (str(aggregation), None): LossSpec(aggregation=aggregation)
+    for aggregation in Aggregation
+    if aggregation != Aggregation.SEQ_MEAN_TOKEN_SUM_NORM
+}
+
+
 def _aggregation(aggregation: str, max_length: int | None) -> LossSpec:
-    """A spec of which only the aggregation matters: it checks the name and its length."""
-    return LossSpec(aggregation=aggregation, max_length=max_length)
+    """The spec of an aggregation, which checks the name and its length."""
+    key = (aggregation, max_length)
+    if key not in _SPECS:
+        _SPECS[key] = LossSpec(aggregation=aggregation, max_length=max_length)
+    return _SPECS[key]
 
 
 def _terms(

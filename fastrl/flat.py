@@ -24,7 +24,7 @@ class Flat(NamedTuple):
     ref_logps: Tensor | None  # (N,)
     rollout_logps: Tensor | None  # (N,)
     policy_weights: Tensor | None  # (N,) detached factors of the policy term: given, or from `correction.py`
-    selected: Tensor | None  # (N,) 0 or 1, from `selection.py`
+    selected: Tensor | None  # (N,) 0 or 1: given, or from `selection.py`
     sequence_ids: Tensor | None  # (N,) int32, packed only
     cu_seqlens: Tensor | None  # (S + 1,) int64, packed only
     lengths: Tensor  # (S,) fp32, valid tokens of each sequence

@@ -11,7 +11,7 @@ from fastrl import _checks, autograd, inputs
 from fastrl import backend as backends
 from fastrl.flat import Flat
 from fastrl.head import LMHead
-from fastrl.metrics import Metrics, metric_names
+from fastrl.metrics import STATISTICS, Metrics, metric_names
 from fastrl.presets import GRPO
 from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
@@ -66,7 +66,7 @@ def logprobs_from_logits(
     flat_mask = inputs.flat_mask(mask)
     scoring = inputs.scoring(token_ids, flat_mask, logits.shape[-1], temperature, logits)
     params = autograd.ScoreParams(scoring, backends.of(logits, backend))
-    logps, entropy = autograd.ScoreLogits.apply(logits, params)
+    logps, entropy = autograd.score_logits(logits, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -78,6 +78,7 @@ def logprobs_from_hidden(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     buffer_bytes: int | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """As `logprobs_from_logits`, from hidden states: the logits exist only one chunk of rows at a time.
@@ -86,6 +87,9 @@ def logprobs_from_hidden(
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
         buffer_bytes: bound on the logits held at once; default 128 MiB on a CPU, 1.25 GiB on an accelerator.
+        out_dtype: torch.float32 = logits in fp32 from bf16 or fp16 operands, not rounded between the product and the
+            softmax; their gradient is rounded once, for the products of backward. Takes a row three times the memory,
+            within buffer_bytes. None = the dtype of the operands.
         token_ids, temperature, mask, backend: as for `logprobs_from_logits`.
 
     Masked rows are dropped before the GEMM, at the cost of one host synchronisation. The gradient computes the logits
@@ -94,8 +98,9 @@ def logprobs_from_hidden(
     inputs.check_ids_and_mask(token_ids, mask)
     hidden, weight, bias = inputs.check_hidden(hidden, head, token_ids)
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
-    params = autograd.ScoreParams(scoring, backends.of(hidden, backend), inputs.buffer(buffer_bytes, hidden))
-    logps, entropy = autograd.ScoreHidden.apply(hidden, weight, bias, params)
+    options = inputs.hidden_options(hidden, buffer_bytes, out_dtype)
+    params = autograd.ScoreParams(scoring, backends.of(hidden, backend), options)
+    logps, entropy = autograd.score_hidden(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
@@ -140,7 +145,7 @@ def policy_loss(
     )
     rows = logps.reshape(-1).to(dtype)
     entropy_rows = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, statistics = autograd.TokenLoss.apply(rows, entropy_rows, params)
+    loss, statistics = autograd.token_loss(rows, entropy_rows, params)
     measured = None if entropy is None else entropy.detach()
     metrics = _metrics(statistics, rollouts, flat, spec, entropy is not None)
     return LossOutput(loss, metrics, logps.detach(), measured)
@@ -181,7 +186,7 @@ def policy_loss_from_logits(
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, logits.shape[-1], temperature, logits),
         inplace=inplace,
     )
-    loss, statistics, scores = autograd.LogitsLoss.apply(logits, params)
+    loss, statistics, scores = autograd.logits_loss(logits, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
@@ -194,6 +199,10 @@ def policy_loss_from_hidden(
     temperature: float | Tensor = 1.0,
     normalizer: float | Tensor | None = None,
     buffer_bytes: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    sparse_eps: float | None = None,
+    sparse_capacity: int | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> LossOutput:
     """The policy loss from hidden states and the head: the [N, V] logits never exist, nor does their gradient.
@@ -206,8 +215,20 @@ def policy_loss_from_hidden(
     computes the logits twice (8NHV) if one sequence does not fit the buffer.
 
     Args:
-        hidden, head, temperature, buffer_bytes: as for `logprobs_from_hidden`.
+        hidden, head, temperature, buffer_bytes, out_dtype: as for `logprobs_from_hidden`. The same out_dtype for
+            scoring and training, so that an on-policy ratio is 1.
         rollouts, spec, normalizer, backend: as for `policy_loss`.
+        sparse_eps: None = the exact gradient. A number in [0, 1): of a row's gradient keep the target and the columns
+            with p > sparse_eps, an entropy bonus at the same columns, and sum those instead of multiplying matrices:
+            2NHV FLOP. The loss stays exact. With δ the probability left out (its mean is the metric `dropped_mass`),
+            c and e the row's derivatives by log-prob and entropy H, and f = logit_scale / temperature, the gradient of
+            its logits is off by at most f·(|c| + |e|·(log(V/δ) + H))·δ in sum. For fine-tuning, where the tail of a
+            softmax carries little; columns that are never likely get no gradient at all.
+        sparse_capacity: how many columns a row may keep, a power of two; default 256. A row over it takes the exact
+            way, its logits computed once more. To learn which rows these are costs one host synchronisation.
+        overlap: compute the logits of the next rows before the gradient of the last ones is taken, so that on a GPU
+            the kernels between run beside the products. Changes the order of work alone, with two buffers of half the
+            rows.
     """
     hidden, weight, bias = inputs.check_hidden(hidden, head, rollouts.token_ids)
     inputs.check_spec(spec, rollouts, has_entropy=True)
@@ -220,10 +241,10 @@ def policy_loss_from_hidden(
         backend=backends.of(hidden, backend),
         grad=torch.is_grad_enabled() and any(wants),
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, weight.shape[0], temperature, hidden, head),
-        buffer_bytes=inputs.buffer(buffer_bytes, hidden),
+        options=inputs.hidden_options(hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap),
         row_counts=rollouts.row_counts,
     )
-    loss, statistics, scores = autograd.HiddenLoss.apply(hidden, weight, bias, params)
+    loss, statistics, scores = autograd.hidden_loss(hidden, weight, bias, params)
     return _output(loss, statistics, scores, rollouts, flat, spec)
 
 
@@ -234,6 +255,7 @@ def _metrics(statistics: Tensor, rollouts: Rollouts, flat: Flat, spec: LossSpec,
         ref=rollouts.ref_logps is not None,
         rollout=rollouts.rollout_logps is not None,
         weights=rollouts.rollout_weights is not None,
+        sparse=statistics.shape[0] > len(STATISTICS),
     )
     return Metrics(statistics, flat.counts, names)
 

@@ -11,6 +11,7 @@ from fastrl import _checks
 from fastrl.correction import correct_batch
 from fastrl.flat import Flat
 from fastrl.head import LMHead
+from fastrl.projection import HiddenOptions
 from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
 from fastrl.rows import Scoring
@@ -33,10 +34,13 @@ def check_spec(spec: LossSpec, rollouts: Rollouts, has_entropy: bool) -> None:
     if spec.entropy_coef and not has_entropy:
         remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set entropy_coef=0"
         _checks.refuse("entropy", f"entropies, as entropy_coef is {spec.entropy_coef}", "None", remedy)
-    if spec.top_entropy_quantile < 1 and not has_entropy:
+    if spec.top_entropy_quantile < 1 and not has_entropy and rollouts.selected is None:
         remedy = "pass entropy=..., e.g. from logprobs_from_logits, or set top_entropy_quantile=1"
         expected = f"entropies, as top_entropy_quantile is {spec.top_entropy_quantile}"
         _checks.refuse("entropy", expected, "None", remedy)
+    if rollouts.selected is not None and spec.top_entropy_quantile == 1:
+        remedy = "set top_entropy_quantile to the fraction that was picked, or leave selected None"
+        _checks.refuse("selected", "None, as top_entropy_quantile is 1", rollouts.selected, remedy)
     if spec.rollout is not None:
         _check_rollout(spec, rollouts)
 
@@ -112,15 +116,16 @@ def check_rows(name: str, value: Tensor, token_ids: Tensor, last: str) -> None:
 
 
 def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on."""
+    """(N, H) hidden states, weight and bias in one dtype, that of autocast where it is on; with a LoRA adapter on the
+    head H grows by its rank."""
     _checks.floating("hidden", hidden)
     if not isinstance(head, LMHead):
         _checks.refuse("head", "a fastrl.LMHead", head, "LMHead(weight, bias) or LMHead.from_model(model)", TypeError)
     check_rows("hidden", hidden, token_ids, "H")
-    weight, bias = head.weight, head.bias
-    if hidden.shape[-1] != weight.shape[1]:
-        _checks.refuse("hidden", f"H = {weight.shape[1]} as head.weight {tuple(weight.shape)}", hidden)
-    _checks.same_device("head.weight", weight, hidden.device, "hidden")
+    if hidden.shape[-1] != head.hidden_size:
+        _checks.refuse("hidden", f"H = {head.hidden_size} as head.weight", hidden)
+    _checks.same_device("head.weight", head.weight, hidden.device, "hidden")
+    weight, bias = head.whole()
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -128,7 +133,8 @@ def check_hidden(hidden: Tensor, head: LMHead, token_ids: Tensor) -> tuple[Tenso
     if hidden.dtype != weight.dtype:
         remedy = "cast one of them, or run under torch.autocast"
         _checks.refuse("hidden", f"dtype {weight.dtype} as head.weight", hidden, remedy, TypeError)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+    hidden, weight = head.projection(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return hidden, weight, bias
 
 
 def scoring(
@@ -176,6 +182,10 @@ def normalizer(normalizer: float | Tensor | None, spec: LossSpec, like: Tensor) 
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             _checks.refuse("normalizer", "a number or a 0-d tensor", normalizer)
+        if normalizer.dtype in (torch.bfloat16, torch.float16):
+            remedy = "half precision rounds a count of tokens; FSDP2's MixedPrecisionPolicy casts a tensor argument: "
+            remedy += "pass a Python number or an integer tensor"
+            _checks.refuse("normalizer", "an integer, float32 or float64 dtype", normalizer, remedy)
         _checks.no_grad_needed("normalizer", normalizer)
         if normalizer.device.type == "cpu":  # a copy from pageable memory would wait for the device; a fill does not
             return torch.full((), normalizer.item(), dtype=wide(like.dtype), device=like.device)
@@ -190,6 +200,55 @@ def buffer(buffer_bytes: int | None, hidden: Tensor) -> int:
     if isinstance(buffer_bytes, bool) or not isinstance(buffer_bytes, int) or buffer_bytes < 1:
         _checks.refuse("buffer_bytes", "a positive int, the bytes of logits held at once", repr(buffer_bytes))
     return buffer_bytes
+
+
+SPARSE_CAPACITY = 256
+"""Places per row of a sparse gradient, unless given: several times what a softmax of language keeps above 1e-4."""
+
+
+def hidden_options(
+    hidden: Tensor,
+    buffer_bytes: int | None,
+    out_dtype: torch.dtype | None,
+    sparse_eps: float | None = None,
+    sparse_capacity: int | None = None,
+    overlap: bool = False,
+) -> HiddenOptions:
+    """The checked options of a call at the hidden level; `hidden` in the dtype of the products."""
+    if not isinstance(overlap, bool):
+        _checks.refuse("overlap", "True or False", repr(overlap), error=TypeError)
+    size = buffer(buffer_bytes, hidden)
+    capacity = 0 if sparse_eps is None else _capacity(sparse_eps, sparse_capacity)
+    if sparse_eps is None and sparse_capacity is not None:
+        remedy = "set sparse_eps as well, or leave it None"
+        _checks.refuse("sparse_capacity", "None without sparse_eps", repr(sparse_capacity), remedy)
+    eps = None if sparse_eps is None else float(sparse_eps)
+    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap)
+
+
+def _wide_logits(out_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether logits are computed in fp32 from operands of half the width."""
+    if out_dtype is None or out_dtype == dtype:
+        return False
+    if out_dtype != torch.float32 or dtype == torch.float64:
+        remedy = "leave it None, or cast the operands"
+        _checks.refuse("out_dtype", f"None, torch.float32 for half-precision operands, or {dtype}", out_dtype, remedy)
+    return True
+
+
+def _capacity(eps: float, capacity: int | None) -> int:
+    """Places per row, the given or the default number. Not from eps: a new eps must not compile a kernel anew."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        _checks.refuse(
+            "sparse_eps", "a probability in [0, 1), or None for the exact gradient", repr(eps), error=TypeError
+        )
+    if not 0 <= eps < 1:
+        _checks.refuse("sparse_eps", "a probability in [0, 1), or None for the exact gradient", repr(eps))
+    if capacity is None:
+        capacity = SPARSE_CAPACITY
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1 or capacity & (capacity - 1):
+        _checks.refuse("sparse_capacity", "a power of two, the columns kept per row", repr(capacity))
+    return capacity
 
 
 def check_inplace(logits: Tensor) -> None:

@@ -5,12 +5,14 @@ The Triton twins are in `kernels/fastrl_kernels/kl_fns.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastrl.clamping import clamp_log_ratio, hold
+from fastrl.options import option
 from fastrl.spec import KLEstimator, KLGradient, LossSpec
 
 
@@ -58,3 +60,28 @@ def kl_penalty(x: Tensor, ratio: Tensor, spec: LossSpec) -> Tensor:
         surrogate = k2(x)
         return value.detach() + (surrogate - surrogate.detach())
     return value
+
+
+@functools.cache
+def kl_objective(
+    estimator: str = KLEstimator.K3, clamp: float | None = None, *, weighted: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The KL as a loss of its own: `LossSpec(objective=kl_objective(...))` with the reference as `old_logps`.
+
+    ℓ = hold(w·k(x), ±clamp) with x = logp − ref, held to ±`log_ratio_clamp`, and w = exp(x − sg x), which is 1: the
+    estimator's value, and on policy the gradient of the exact KL, that of the sampling probability included (k3: x,
+    Tang & Munos 2025, arXiv:2506.09477). Zero gradient where a bound bites, that of w too (NeMo-RL).
+
+    weighted: w = π/π_behaviour instead, for samples of another policy; pass ref − behaviour log-probs as `advantages`,
+    which are not read otherwise.
+
+    Raises:
+        ValueError: an unknown estimator.
+    """
+    estimate = KL_ESTIMATORS[option(KLEstimator, estimator, "estimator")]
+
+    def objective(x: Tensor, advantages: Tensor) -> Tensor:
+        weight = (x + advantages if weighted else x - x.detach()).exp()
+        return hold(weight * estimate(x), clamp)
+
+    return objective

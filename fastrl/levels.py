@@ -1,22 +1,24 @@
 """The drivers: steps A, B, C over whole logits, or chunk by chunk between the GEMMs of the language-model head.
 
 Written once for both backends. Nothing here knows an objective, and nothing here waits for the device except, at the
-hidden level, to learn how many rows count.
+hidden level, to learn how many rows count, and which rows of a sparse gradient had no room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrl import backend as backends
 from fastrl import reference
-from fastrl.flat import Flat, segment_sum
+from fastrl.compaction import LiveRows
+from fastrl.flat import Flat
 from fastrl.plan import PlanKind, plan
+from fastrl.projection import Chunk, HiddenOptions, Projection
 from fastrl.reference import TokenInputs, wide
-from fastrl.rows import RowScores, Scoring
+from fastrl.rows import KeptColumns, RowScores, Scoring
 from fastrl.spec import LossSpec
 
 
@@ -64,135 +66,17 @@ def logits_loss(
     return LogitsLoss(loss, statistics, scores, dlogp, dentropy)
 
 
-class _Rows(NamedTuple):
-    """The rows worth projecting, those that can carry a gradient first."""
-
-    order: Tensor  # (n,) int64
-    total: int  # how many there are
-    grad_count: int  # how many of them, from the front, can carry a gradient
-    ends: list[int]  # sequence boundaries within `order`, when the plan needs them
-    found: Tensor | None = None  # (2,) the counts as the device knows them, to hold the caller's against
-
-    @classmethod
-    def select(cls, flat: Flat, spec: LossSpec, advantages: Tensor, by_sequence: bool, row_counts: list[int]) -> _Rows:
-        """Drop masked rows; put rows whose gradient is known to be zero (zero advantage, no penalty) last.
-
-        One host synchronisation, to learn the counts (and for whole sequences their lengths); none when the counts are
-        given, or when every row counts and can carry a gradient.
-        """
-        valid = flat.valid()
-        live = valid & (advantages != 0) if spec.vanishes else valid
-        sequence = flat.sequence_of_token()
-        if by_sequence:
-            live_sequences = segment_sum(live.float(), sequence, flat.num_sequences) > 0
-            live = valid & live_sequences[sequence]
-        elif flat.mask is None and not spec.vanishes and not row_counts:
-            rows = torch.arange(flat.num_tokens, device=valid.device)
-            return cls(rows, flat.num_tokens, flat.num_tokens, [])
-        key = 2 - valid.int() - live.int()
-        order = torch.argsort(key, stable=True)
-        if not by_sequence:
-            found = torch.stack([valid.sum(), live.sum()])
-            counts = row_counts or found.tolist()
-            return cls(order[: counts[0]], counts[0], counts[1], [], found)
-        lengths, alive = torch.stack([flat.lengths, live_sequences.float()]).tolist()
-        ends = [0]
-        for wanted in (1.0, 0.0):
-            for length, is_live in zip(lengths, alive, strict=True):
-                if is_live == wanted and length:
-                    ends.append(ends[-1] + int(length))
-        grad_count = int(sum(length for length, is_live in zip(lengths, alive, strict=True) if is_live))
-        if row_counts and row_counts[0] != ends[-1]:
-            raise ValueError(
-                f"row_counts: expected ({ends[-1]}, ...), the tokens that count, got {tuple(row_counts)}; leave it None"
-            )
-        # The second count is of whole sequences here, as read above: the caller's is not needed.
-        found = torch.stack([valid.sum(), torch.full_like(valid.sum(), row_counts[1])]) if row_counts else None
-        return cls(order[: ends[-1]], ends[-1], grad_count, ends, found)
-
-    def chunks(self, start: int, stop: int, limit: int) -> Iterator[Tensor]:
-        """Rows start:stop in pieces of at most `limit`, on sequence boundaries if there are any."""
-        while start < stop:
-            end = min(start + limit, stop)
-            if self.ends and end < stop:
-                end = max(at for at in self.ends if at <= end)
-            yield self.order[start:end]
-            start = end
-
-
-class _Projection:
-    """One buffer of logits for a chunk of rows, and the gradients that its GEMMs add up."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, limit: int, needs: tuple[bool, bool, bool]):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        vocab = weight.shape[0]
-        # A padded row stride keeps rows 16-byte aligned for an odd vocabulary.
-        stride = -(-vocab // 16) * 16
-        self._buffer = torch.empty((limit, stride), dtype=weight.dtype, device=weight.device)
-        self._vocab = vocab
-        self._chunk = hidden
-        need_hidden, need_weight, need_bias = needs
-        self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
-        sums = wide(weight.dtype)
-        self.dweight = torch.empty(weight.shape, dtype=sums, device=weight.device) if need_weight else None
-        self.dbias = torch.zeros(vocab, dtype=sums, device=weight.device) if need_bias else None
-        self._first = True
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """(r, V) logits of some tokens, in the buffer."""
-        self._chunk = self.hidden[rows]
-        out = self._buffer[: rows.shape[0], : self._vocab]
-        if self.bias is None:
-            return torch.mm(self._chunk, self.weight.t(), out=out)
-        return torch.addmm(self.bias, self._chunk, self.weight.t(), out=out)
-
-    def accumulate(self, rows: Tensor, dlogits: Tensor) -> None:
-        """Take the gradient of the chunk whose logits were computed last."""
-        if self.dhidden is not None:
-            self.dhidden[rows] = torch.mm(dlogits, self.weight)
-        if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
-        if self.dweight is not None:
-            _add_outer(self.dweight, dlogits, self._chunk, beta=0 if self._first else 1)
-            self._first = False
-
-    def gradients(self) -> list[Tensor | None]:
-        """dhidden, dweight, dbias; a half-precision head keeps its sums in fp32, for the loss scale to come."""
-        if self.dweight is not None and self._first:
-            self.dweight.zero_()
-        keep = self.weight.dtype == torch.float16
-        parameters = [g if g is None or keep else g.to(self.weight.dtype) for g in (self.dweight, self.dbias)]
-        return [self.dhidden, *parameters]
-
-
-def _add_outer(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
-    """total ← beta·total + dlogitsᵀ @ hidden, added in the dtype of `total`."""
-    if total.dtype == dlogits.dtype:
-        total.addmm_(dlogits.t(), hidden, beta=beta)
-    elif dlogits.is_cuda and torch.version.hip is None:
-        torch.addmm(total, dlogits.t(), hidden, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        tile = 4096
-        wide_hidden = hidden.to(total.dtype)
-        for v in range(0, total.shape[0], tile):
-            total[v : v + tile].addmm_(dlogits[:, v : v + tile].t().to(total.dtype), wide_hidden, beta=beta)
-
-
-def rows_per_chunk(weight: Tensor, buffer_bytes: int) -> int:
-    """How many rows of logits fit the buffer, at least one."""
-    return max(1, buffer_bytes // (-(-weight.shape[0] // 16) * 16 * weight.element_size()))
-
-
 def hidden_score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scoring: Scoring, buffer_bytes: int, backend: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scoring: Scoring, options: HiddenOptions, backend: Any
 ) -> Tensor:
     """(4, N) scores from hidden states (N, H), masked rows dropped before the GEMM."""
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(hidden.shape[0], 1))
-    project = _Projection(hidden, weight, bias, limit, (False, False, False))
+    project = Projection(hidden, weight, bias, options, hidden.shape[0])
     scores = torch.zeros((4, hidden.shape[0]), dtype=wide(hidden.dtype), device=hidden.device)
-    order = _valid_rows(scoring)
-    for rows in order.split(limit):
-        backend.score(project.logits(rows), scoring.at(rows), RowScores(*scores.unbind(0)))
+
+    def work(chunk: Chunk) -> None:
+        backend.score(chunk.logits, scoring.at(chunk.rows), RowScores(*scores.unbind(0)))
+
+    project.run(_valid_rows(scoring).split(project.limit), work, grad=False)
     return scores
 
 
@@ -211,22 +95,23 @@ def hidden_score_grad(
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     needs: tuple[bool, bool, bool],
-    buffer_bytes: int,
+    options: HiddenOptions,
     backend: Any,
 ) -> list[Tensor | None]:
     """Gradients of Σ dlogp·logp + dentropy·entropy; the logits are computed again (8NHV in all)."""
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(hidden.shape[0], 1))
-    project = _Projection(hidden, weight, bias, limit, needs)
-    for rows in _valid_rows(scoring).split(limit):
-        logits = project.logits(rows)
-        backend.differentiate(logits, scoring.at(rows), RowScores(*scores.unbind(0)), dlogp, dentropy, logits)
-        project.accumulate(rows, logits)
+    project = Projection(hidden, weight, bias, options, hidden.shape[0], needs)
+    rows = RowScores(*scores.unbind(0))
+
+    def work(chunk: Chunk) -> None:
+        backend.differentiate(chunk.logits, scoring.at(chunk.rows), rows, dlogp, dentropy, chunk.gradient)
+
+    project.run(_valid_rows(scoring).split(project.limit), work, grad=True)
     return project.gradients()
 
 
 class HiddenLoss(NamedTuple):
     loss: Tensor
-    statistics: Tensor
+    statistics: Tensor  # with a sparse gradient two more: Σ dropped mass, differentiated rows
     scores: Tensor  # (4, N)
     gradients: list[Tensor | None]  # of hidden, weight, bias, times `scale`
     scale: Tensor | None  # 0-d; None = 1
@@ -242,47 +127,37 @@ def hidden_loss(
     spec: LossSpec,
     needs: tuple[bool, bool, bool],
     row_counts: list[int],
-    buffer_bytes: int,
+    options: HiddenOptions,
     backend: Any,
 ) -> HiddenLoss:
     """The loss from hidden states, with its gradients in the same pass: 6NHV FLOP with a trainable head, 4NHV with a
-    frozen one, 2NHV per row without a gradient; gradients plus one buffer of `buffer_bytes` in memory."""
+    frozen one, 2NHV per row without a gradient or with a sparse one; gradients plus the buffers of
+    `options.buffer_bytes` in memory."""
     kind = plan(spec, backend.fuses_objectives).kind
     dtype = wide(hidden.dtype)
     inputs = reference.token_inputs(flat, normalizer, spec, dtype)
-    rows = _Rows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
-    limit = min(rows_per_chunk(weight, buffer_bytes), max(rows.total, 1))
-    project = _Projection(hidden, weight, bias, limit, needs)
-    stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
-    scores = RowScores(*stack.unbind(0))
+    rows = LiveRows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
+    project = Projection(hidden, weight, bias, options, rows.total, needs, backend)
     scale = _half_scale(inputs, spec) if any(needs) and hidden.dtype == torch.float16 else None
-    scaled = inputs if scale is None else _scaled_weights(inputs, scale)
+    stack = torch.zeros((4, flat.num_tokens), dtype=dtype, device=hidden.device)
+    passes = _Passes.of(kind, scoring, inputs, spec, RowScores(*stack.unbind(0)), scale, options, backend)
     grad_count = rows.grad_count if any(needs) else 0
     longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
-    dlogp = torch.zeros_like(scores.logp)
-    dentropy = torch.zeros_like(dlogp) if spec.entropy_coef else None
 
-    if (longest > limit or kind == PlanKind.BATCH) and grad_count:
+    if (longest > project.limit or kind == PlanKind.BATCH) and grad_count:
         rows = rows._replace(ends=[])
-        for chunk in rows.chunks(0, rows.total, limit):
-            backend.score(project.logits(chunk), scoring.at(chunk), scores)
-        _, _, dlogp, dentropy = backend.token_loss(*scores[:2], flat, normalizer, spec, grad=True)
-        if scale is not None:
-            dlogp, dentropy = dlogp * scale, None if dentropy is None else dentropy * scale
-        for chunk in rows.chunks(0, grad_count, limit):
-            logits = project.logits(chunk)
-            backend.differentiate(logits, scoring.at(chunk), scores, dlogp, dentropy, logits)
-            project.accumulate(chunk, logits)
+        project.run(rows.chunks(0, rows.total, project.limit), passes.score, grad=False)
+        _, _, dlogp, dentropy = backend.token_loss(*passes.scores[:2], flat, normalizer, spec, grad=True)
+        passes = passes.with_derivatives(dlogp, dentropy, scale)
+        project.run(rows.chunks(0, grad_count, project.limit), passes.differentiate, grad=True)
     else:
-        for chunk in rows.chunks(0, grad_count, limit):
-            logits = project.logits(chunk)
-            _score_and_differentiate(backend, kind, logits, scoring.at(chunk), scaled, spec, scores, dlogp, dentropy)
-            project.accumulate(chunk, logits)
+        project.run(rows.chunks(0, grad_count, project.limit), passes.score_and_differentiate, grad=True)
         rows = rows._replace(ends=[])
-        for chunk in rows.chunks(grad_count, rows.total, limit):
-            backend.score(project.logits(chunk), scoring.at(chunk), scores)
+        project.run(rows.chunks(grad_count, rows.total, project.limit), passes.score, grad=False)
 
-    loss, statistics, _, _ = backend.token_loss(scores.logp, scores.entropy, flat, normalizer, spec, grad=False)
+    loss, statistics, _, _ = backend.token_loss(*passes.scores[:2], flat, normalizer, spec, grad=False)
+    if options.sparse_eps is not None:
+        statistics = torch.cat([statistics, passes.finish(project, options.capacity, any(needs)).to(statistics.dtype)])
     if row_counts and rows.found is not None:
         # A row that the caller's counts leave out must not pass unseen, and looking would cost a synchronisation.
         right = (rows.found[0] == row_counts[0]) & (rows.found[1] == row_counts[1])
@@ -292,24 +167,78 @@ def hidden_loss(
     return HiddenLoss(loss, statistics, stack, project.gradients(), scale)
 
 
-def _score_and_differentiate(
-    backend: Any,
-    kind: PlanKind,
-    logits: Tensor,
-    scoring: Scoring,
-    inputs: TokenInputs,
-    spec: LossSpec,
-    scores: RowScores,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-) -> None:
-    """A, B, C on one chunk, the gradient in place of the logits."""
-    if kind == PlanKind.FUSED:
-        backend.score_and_differentiate(logits, scoring, inputs, spec, scores, dlogp, dentropy, logits)
-        return
-    backend.score(logits, scoring, scores)
-    backend.coefficients(scores, inputs, scoring.rows, spec, dlogp, dentropy)
-    backend.differentiate(logits, scoring, scores, dlogp, dentropy, logits)
+class _Passes(NamedTuple):
+    """What is done to the logits of a chunk, the results written at its tokens."""
+
+    kind: PlanKind
+    scoring: Scoring
+    inputs: TokenInputs  # weights times the scale of the gradient
+    spec: LossSpec
+    scores: RowScores  # (N,), as the next three
+    dlogp: Tensor
+    dentropy: Tensor | None
+    kept: KeptColumns | None
+    eps: float | None
+    backend: Any
+
+    @classmethod
+    def of(
+        cls,
+        kind: PlanKind,
+        scoring: Scoring,
+        inputs: TokenInputs,
+        spec: LossSpec,
+        scores: RowScores,
+        scale: Tensor | None,
+        options: HiddenOptions,
+        backend: Any,
+    ) -> _Passes:
+        dlogp = torch.zeros_like(scores.logp)
+        dentropy = torch.zeros_like(dlogp) if spec.entropy_coef else None
+        scaled = inputs if scale is None else _scaled_weights(inputs, scale)
+        kept = None
+        if options.sparse_eps is not None:
+            kept = KeptColumns(torch.zeros_like(dlogp, dtype=torch.int32), torch.zeros_like(dlogp))
+        return cls(kind, scoring, scaled, spec, scores, dlogp, dentropy, kept, options.sparse_eps, backend)
+
+    def with_derivatives(self, dlogp: Tensor, dentropy: Tensor | None, scale: Tensor | None) -> _Passes:
+        if scale is not None:
+            dlogp, dentropy = dlogp * scale, None if dentropy is None else dentropy * scale
+        return self._replace(dlogp=dlogp, dentropy=dentropy)
+
+    def score(self, chunk: Chunk) -> None:
+        """A."""
+        self.backend.score(chunk.logits, self.scoring.at(chunk.rows), self.scores)
+
+    def differentiate(self, chunk: Chunk) -> None:
+        """C, in place of the logits, in a buffer of its own or as lists."""
+        scoring = self.scoring.at(chunk.rows)
+        if chunk.sparse is None:
+            self.backend.differentiate(chunk.logits, scoring, self.scores, self.dlogp, self.dentropy, chunk.gradient)
+            return
+        sparsify = backends.load_sparse(self.backend.name).sparsify
+        sparsify(chunk.logits, scoring, self.scores, self.dlogp, self.dentropy, self.eps, chunk.sparse, self.kept)
+
+    def score_and_differentiate(self, chunk: Chunk) -> None:
+        """A, B, C."""
+        scoring, derivatives = self.scoring.at(chunk.rows), (self.dlogp, self.dentropy)
+        if self.kind == PlanKind.FUSED and chunk.sparse is None:
+            self.backend.score_and_differentiate(
+                chunk.logits, scoring, self.inputs, self.spec, self.scores, *derivatives, chunk.gradient
+            )
+            return
+        self.score(chunk)
+        self.backend.coefficients(self.scores, self.inputs, chunk.rows, self.spec, *derivatives)
+        self.differentiate(chunk)
+
+    def finish(self, project: Projection, capacity: int, grad: bool) -> Tensor:
+        """(2,) dropped mass and differentiated rows, after the rows without room in a list have gone the dense way.
+
+        One host synchronisation, to learn which rows these are."""
+        if grad:
+            over = (self.kept.number > capacity).nonzero().squeeze(-1)
+            project.run(over.split(project.limit), self.differentiate, grad=True, dense=True)
+        return torch.stack([self.kept.dropped.sum(), (self.kept.number > 0).sum()])
 
 
 def _scaled_weights(inputs: TokenInputs, scale: Tensor) -> TokenInputs:

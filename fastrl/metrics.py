@@ -29,6 +29,10 @@ STATISTICS = (
     "ratio_min",
     "ratio_max",
 )
+SPARSE_STATISTICS = (  # columns more when the gradient is sparse
+    "dropped_mass",  # Σ p of the columns without a gradient
+    "differentiated",  # rows that have a gradient
+)
 TOKENS, SEQUENCES = "tokens", "sequences"
 _MEANS = {  # metric: the column that it is the mean over tokens of
     "clip_fraction_low": "clip_low",
@@ -60,16 +64,17 @@ class Metrics(Mapping[str, Tensor]):
     in tokens; rollout_chi2 = mean(exp(old − rollout)²) − 1, per token; rollout_rejected_fraction: tokens that the
     correction or the off-policy mask dropped. tokens, sequences: counts. A sequence-level ratio counts once per
     token; gmpo's is the clipped geometric mean. clamped_fraction counts exponents of the ratio, and of k3 when it is in
-    the loss. With no valid token every value is 0.
+    the loss. dropped_mass: the probability that a sparse gradient leaves out, mean over the rows that have a gradient.
+    With no valid token every value is 0.
 
     Names without an input are absent: ref_kl without ref_logps, entropy without entropies, dual_clip_fraction without
     dual_clip, the rollout ones without rollout_logps or rollout_weights, clip fractions with an objective that does not
-    clip.
+    clip, dropped_mass without sparse_eps.
     Nothing is computed, and nothing waits for the device, before a value is read.
     """
 
     def __init__(self, statistics: Tensor, counts: Tensor, names: tuple[str, ...]) -> None:
-        self._statistics = statistics  # (len(STATISTICS),)
+        self._statistics = statistics  # (len(STATISTICS),), with a sparse gradient SPARSE_STATISTICS after them
         self._counts = counts  # (3,): tokens, sequences, tokens excluded by a rollout correction
         self._names = names
 
@@ -88,7 +93,7 @@ class Metrics(Mapping[str, Tensor]):
         return f"Metrics({', '.join(self._names)})"
 
     def _column(self, column: str) -> Tensor:
-        return self._statistics[STATISTICS.index(column)]
+        return self._statistics[(*STATISTICS, *SPARSE_STATISTICS).index(column)]
 
     def _value(self, name: str) -> Tensor:
         tokens, sequences, excluded = self._counts
@@ -98,6 +103,8 @@ class Metrics(Mapping[str, Tensor]):
             return torch.where(tokens > 0, self._column(name), 0.0)
         if name == "clip_fraction":
             return (self._column("clip_low") + self._column("clip_high")) / tokens.clamp_min(1)
+        if name == "dropped_mass":
+            return self._column(name) / self._column("differentiated").clamp_min(1)
         if name in _SAMPLE_SIZES:
             total, square = (self._column(column) for column in _SAMPLE_SIZES[name])
             return torch.where(square == 0, 0.0, total**2 / square)
@@ -122,13 +129,14 @@ class Metrics(Mapping[str, Tensor]):
         """The metrics of all ranks of `group` (None = the default group) together; a collective call."""
         import torch.distributed as dist
 
-        extremes = len(STATISTICS) - len(_EXTREMES)
-        sums = torch.cat([self._statistics[:extremes], self._counts]).double()
+        sums = torch.cat([self._statistics, self._counts]).double()
         bounds = torch.stack([-self._column("ratio_min"), self._column("ratio_max")]).double()
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
-        statistics = torch.cat([sums[:extremes], -bounds[:1], bounds[1:]])
-        return Metrics(statistics, sums[extremes:], self._names)
+        statistics, counts = sums.split([len(self._statistics), len(self._counts)])
+        statistics[STATISTICS.index("ratio_min")] = -bounds[0]
+        statistics[STATISTICS.index("ratio_max")] = bounds[1]
+        return Metrics(statistics, counts, self._names)
 
     def to_floats(self) -> dict[str, float]:
         """All values as Python floats, in one transfer from the device."""
@@ -136,9 +144,11 @@ class Metrics(Mapping[str, Tensor]):
         return dict(zip(self._names, values, strict=True))
 
 
-def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool, weights: bool = False) -> tuple[str, ...]:
+def metric_names(
+    spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool, weights: bool = False, sparse: bool = False
+) -> tuple[str, ...]:
     """The metrics that a call with this spec and these inputs reports."""
-    absent = set()
+    absent = set() if sparse else {"dropped_mass"}
     if spec.definition is None or spec.definition.flags is None:
         absent |= {"clip_fraction", "clip_fraction_low", "clip_fraction_high"}
     if spec.dual_clip is None:
@@ -154,5 +164,5 @@ def metric_names(spec: LossSpec, *, entropy: bool, ref: bool, rollout: bool, wei
     if spec.rollout is None and spec.off_policy_threshold is None and not weights:
         absent.add("rollout_rejected_fraction")
     means = ("clip_fraction", *_MEANS, *_EXTREMES, *_SAMPLE_SIZES)
-    every = (*means, "rollout_chi2", "rollout_rejected_fraction", TOKENS, SEQUENCES)
+    every = (*means, "rollout_chi2", "rollout_rejected_fraction", "dropped_mass", TOKENS, SEQUENCES)
     return tuple(name for name in every if name not in absent)

@@ -29,7 +29,8 @@ from fastrl.registry import (
 
 @dataclass(frozen=True, kw_only=True)
 class OwnNumbers:
-    """Fields of `LossSpec` that one objective reads, named after it; each must be positive."""
+    """Fields of `LossSpec` that one objective reads, named after it; each must be positive, but for the bounds of a
+    covariance."""
 
     sapo_temperature_positive: float = 1.0
     """τ for A > 0."""
@@ -161,12 +162,16 @@ def vespo(t: Terms, spec: Any) -> Tensor:
     k and λ by the sign of A; φ(1) = 1 (arXiv:2602.10693). Rollout weights are part of w, a weight of the sequence
     once and one of 0 as 1e-8, and not a factor of the loss; only `reject` and the off-policy mask drop tokens.
     """
+    return -vespo_weight(t, spec) * t.advantages * t.logps
+
+
+def vespo_weight(t: Terms, spec: Any) -> Tensor:
+    """φ(w) of vespo, detached, (n,)."""
     log_w = t.sequence_log_weight.detach().clamp(_LOG_1E_8, 20.0)
     positive = t.advantages >= 0
     k = torch.where(positive, torch.full_like(log_w, spec.vespo_k_positive), spec.vespo_k_negative)
     lam = torch.where(positive, torch.full_like(log_w, spec.vespo_lambda_positive), spec.vespo_lambda_negative)
-    phi = torch.exp(lam + k * log_w - lam * log_w.exp())
-    return -phi * t.advantages * t.logps
+    return torch.exp(lam + k * log_w - lam * log_w.exp())
 
 
 def _dppo_loss(t: Terms, spec: Any, flags: Flags) -> Tensor:

@@ -1,11 +1,11 @@
 """The drivers as opaque operators (`torch.library`), so that `torch.compile(fullgraph=True)` steps over them.
 
-They take and return plain tensors and numbers and have no gradient of their own: `autograd.py` stands above them. An
-output that was not asked for has no elements. A spec travels as its key, which the fake operators never look up: under
-torch.compile it may be a symbol, so that another spec of the same structure needs no new graph.
+They take and return plain tensors and numbers; `op_gradients.py` registers their gradients. An output that was not
+asked for has no elements. A spec travels as its key, which the fake operators never look up: under torch.compile it may
+be a symbol, so that another spec of the same structure needs no new graph.
 
-Without torch.compile the plain function is called: the dispatcher would only cost time, and below it autograd, which
-differentiates the specification, is switched off.
+Without torch.compile the plain function is called, below the `autograd.Function`s of `autograd.py`: the dispatcher
+would only cost time, and below it autograd, which differentiates the specification, is switched off.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from torch import Tensor
 from fastrl import backend as backends
 from fastrl import levels
 from fastrl.flat import Flat
-from fastrl.metrics import STATISTICS
+from fastrl.metrics import SPARSE_STATISTICS, STATISTICS
+from fastrl.projection import HiddenOptions
 from fastrl.reference import wide
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import spec_of
 
 Tensors = Sequence[Tensor | None]
 
-_library = torch.library.Library("fastrl", "DEF")
+library = torch.library.Library("fastrl", "DEF")
 # The hidden level reads row counts on the host, which a CUDA graph cannot hold.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def _operator(name: str) -> Callable[[Any], Any]:
     """Register a function as `fastrl::name` on every device; calls take the operator under torch.compile only.
 
     Not `torch.library.custom_op`, whose wrapper imports all of dynamo on the first call: over a second and 100 MB.
     """
 
     def register(function: Any) -> Any:
-        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates), tags=_TAGS)
+        library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
         for device in ("CPU", "CUDA", "XPU"):  # not a composite key, which would stand in for the fake one as well
-            _library.impl(name, function, device)
+            library.impl(name, function, device)
         operator = getattr(torch.ops.fastrl, name).default
 
         def call(*args: Any) -> Any:
@@ -53,7 +54,7 @@ def _operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
 
 def _fake(name: str) -> Callable[[Any], Any]:
     """Register the shapes and dtypes that `fastrl::name` returns."""
-    return torch.library.register_fake(f"fastrl::{name}", lib=_library)
+    return torch.library.register_fake(f"fastrl::{name}", lib=library)
 
 
 def pack_scoring(scoring: Scoring) -> tuple[list[Tensor | None], list[float]]:
@@ -72,19 +73,26 @@ def _flat(tensors: Tensors, sizes: Sequence[int]) -> Flat:
     return Flat._make([*tensors, *sizes])
 
 
+def _with_rows(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs and entropies as tensors of their own: an operator's outputs share no memory."""
+    return scores[0].clone(), scores[1].clone(), scores
+
+
 def _some(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
 @_operator("score_logits")
-def score_logits(logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str) -> Tensor:
-    """(4, N) row scores."""
-    return levels.logits_score(logits, _scoring(scoring, numbers), backends.load(backend))
+def score_logits(
+    logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probs, (N,) entropies, and for the gradient the (4, N) row scores."""
+    return _with_rows(levels.logits_score(logits, _scoring(scoring, numbers), backends.load(backend)))
 
 
 @_fake("score_logits")
 def _(logits, scoring, numbers, backend):
-    return logits.new_empty((4, scoring[0].shape[0]), dtype=wide(logits.dtype))
+    return _with_rows(logits.new_empty((4, scoring[0].shape[0]), dtype=wide(logits.dtype)))
 
 
 @_operator("score_logits_grad")
@@ -180,7 +188,6 @@ def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, entropy_gra
     return loss, statistics, loss.new_empty((4, n)), loss.new_empty(n if grad else 0), dentropy, dlogits
 
 
-@_operator("logits_loss_", mutates=("logits",))
 def logits_loss_(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -191,7 +198,7 @@ def logits_loss_(
     spec: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `logits_loss`, the gradient written over the logits."""
+    """As `logits_loss`, the gradient written over the logits; no operator, as torch.compile plans memory itself."""
     return _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, logits, True, backend)
 
 
@@ -202,19 +209,20 @@ def score_hidden(
     bias: Tensor | None,
     scoring: Sequence[Tensor | None],
     numbers: Sequence[float],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
-) -> Tensor:
-    """(4, N) row scores from hidden states."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `score_logits`, from hidden states."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return levels.hidden_score(
-            hidden, weight, bias, _scoring(scoring, numbers), buffer_bytes, backends.load(backend)
+        scores = levels.hidden_score(
+            hidden, weight, bias, _scoring(scoring, numbers), HiddenOptions.of(options), backends.load(backend)
         )
+    return _with_rows(scores)
 
 
 @_fake("score_hidden")
-def _(hidden, weight, bias, scoring, numbers, buffer_bytes, backend):
-    return hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype))
+def _(hidden, weight, bias, scoring, numbers, options, backend):
+    return _with_rows(hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype)))
 
 
 @_operator("score_hidden_grad")
@@ -228,7 +236,7 @@ def score_hidden_grad(
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     needs: Sequence[bool],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from cotangents of log-probs and entropies."""
@@ -242,7 +250,7 @@ def score_hidden_grad(
             dlogp,
             dentropy,
             (needs[0], needs[1], needs[2]),
-            buffer_bytes,
+            HiddenOptions.of(options),
             backends.load(backend),
         )
     dhidden, dweight, dbias = (_some(gradient, scores) for gradient in gradients)
@@ -259,7 +267,7 @@ def _fake_gradients(hidden, weight, bias, needs):
 
 
 @_fake("score_hidden_grad")
-def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, buffer_bytes, backend):
+def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, options, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
@@ -276,7 +284,7 @@ def hidden_loss(
     spec: int,
     needs: Sequence[bool],
     row_counts: Sequence[int],
-    buffer_bytes: int,
+    options: Sequence[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics, scores, the gradients of hidden, weight and bias, and the scale they carry."""
@@ -291,7 +299,7 @@ def hidden_loss(
             spec_of(spec),
             (needs[0], needs[1], needs[2]),
             list(row_counts),
-            buffer_bytes,
+            HiddenOptions.of(options),
             backends.load(backend),
         )
     dhidden, dweight, dbias, scale = (_some(x, result.loss) for x in (*result.gradients, result.scale))
@@ -299,9 +307,10 @@ def hidden_loss(
 
 
 @_fake("hidden_loss")
-def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, buffer_bytes, backend):
+def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, options, backend):
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
-    statistics = loss.new_empty(len(STATISTICS), dtype=torch.float32)
+    columns = len(STATISTICS) + (0 if HiddenOptions.of(options).sparse_eps is None else len(SPARSE_STATISTICS))
+    statistics = loss.new_empty(columns, dtype=torch.float32)
     scores = loss.new_empty((4, hidden.shape[0]))
     scaled = any(needs) and (hidden.dtype == torch.float16 or len(row_counts) > 0)
     scale = loss.new_empty(() if scaled else 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl import backend as backends
-from fastrl.autograd import _once
+from fastrl.double_backward import once
 from fastrl.reference import wide
 
 _PAIRS = 2**20  # pairs held at once on the torch backend
@@ -110,7 +110,7 @@ class _RankedReward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
         gradient, rows = ctx.saved_tensors
-        return _once((gradient * (upstream / rows)).to(ctx.dtype)), None
+        return once((gradient * (upstream / rows)).to(ctx.dtype)), None
 
 
 def _ranked_reward(scores: Tensor, keep: Tensor | None, *, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from fastrl.flat import Flat, segment_sum
 from fastrl.reduction import denominator
 from fastrl.spec import LossSpec
 
+_FLAGS = ("mask", "selected")
 _PER_TOKEN = ("old_logps", "ref_logps", "rollout_logps", "rollout_weights")
 
 
@@ -50,6 +51,8 @@ class Rollouts:
         rollout_weights: as token_ids, detached factors of the policy term that the trainer has computed itself, instead
             of a correction by the spec; 0 rejects (vespo takes them into its w instead). Where the loss is one number
             per sequence (gmpo, ratio level sequence_sum) they weigh each token's share of it.
+        selected: as token_ids, bool or 0/1: the tokens that the spec's `top_entropy_quantile` keeps, if the caller has
+            picked them over all micro-batches or ranks; None = picked within the call.
         cu_seqlens: (S + 1,) ints, 0 first and N last: the packed layout.
         row_counts: optional host ints (tokens that count, of them those that can carry a gradient); with them the
             hidden level never waits for the device (a sequence-level ratio still reads its lengths, once). Wrong counts
@@ -69,6 +72,7 @@ class Rollouts:
     ref_logps: Tensor | None = None
     rollout_logps: Tensor | None = None
     rollout_weights: Tensor | None = None
+    selected: Tensor | None = None
     cu_seqlens: Tensor | None = None
     row_counts: tuple[int, int] | None = None
     _place: _Place = field(default=_Place(), repr=False)
@@ -140,8 +144,8 @@ class Rollouts:
         Rewards and groups stay those of the whole batch, so the advantages are the same as before the split. Give each
         call `normalizer=rollouts.normalizer(spec)` and the sum of losses and gradients is that of one call, except for
         what a spec takes from all tokens of a call: a correction of the whole batch (use `corrected` before the split),
-        top_entropy_quantile, clip_cov, kl_cov and entropy_aggregation, which are local to the micro-batch. Packed
-        rollouts read `cu_seqlens` once on the host.
+        top_entropy_quantile (pass `selected`), clip_cov, kl_cov and entropy_aggregation, which are local to the
+        micro-batch. Packed rollouts read `cu_seqlens` once on the host.
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= max(self.num_sequences, 1):
             _checks.refuse("n", f"an int from 1 to the number of sequences, {self.num_sequences}", str(n))
@@ -155,7 +159,7 @@ class Rollouts:
 
     def _part(self, first: int, last: int, start: int, stop: int) -> Rollouts:
         """Sequences first:last, which are rows start:stop of dim 0."""
-        changes: dict[str, Any] = {name: getattr(self, name) for name in ("token_ids", "mask", *_PER_TOKEN)}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in ("token_ids", *_FLAGS, *_PER_TOKEN)}
         changes = {name: value[start:stop] for name, value in changes.items() if value is not None}
         if self.advantages is not None:
             packed_tokens = self.cu_seqlens is not None and self._has_token_advantages()
@@ -180,7 +184,7 @@ class Rollouts:
         rows = self.flat.valid().nonzero().squeeze(-1)
         picked: dict[str, Any] = {
             name: value.reshape(-1)[rows]
-            for name in ("token_ids", "mask", *_PER_TOKEN)
+            for name in ("token_ids", *_FLAGS, *_PER_TOKEN)
             if (value := getattr(self, name)) is not None
         }
         if self.advantages is not None:
@@ -215,7 +219,7 @@ class Rollouts:
 
     def _check_per_token(self) -> None:
         shape, device = tuple(self.token_ids.shape), self.token_ids.device
-        for name in ("mask", *_PER_TOKEN):
+        for name in (*_FLAGS, *_PER_TOKEN):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -223,12 +227,14 @@ class Rollouts:
             remedy = "align it with token_ids: position t scores token t (see shift_for_next_token)"
             _checks.shape(name, value, shape, "the shape of token_ids", remedy)
             _checks.same_device(name, value, device, "token_ids")
-            if name != "mask":
+            if name not in _FLAGS:
                 _checks.floating(name, value)
                 _checks.no_grad_needed(name, value)
-        readable = self.mask is not None and self.mask.dtype != torch.bool and self._free_to_read()
-        if readable and not bool(((self.mask == 0) | (self.mask == 1)).all()):
-            _checks.refuse("mask", "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
+        for name in _FLAGS:
+            flags = getattr(self, name)
+            readable = flags is not None and flags.dtype != torch.bool and self._free_to_read()
+            if readable and not bool(((flags == 0) | (flags == 1)).all()):
+                _checks.refuse(name, "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
         if self.row_counts is not None:
             counts = self.row_counts
             if len(counts) != 2 or not 0 <= counts[1] <= counts[0] <= self.token_ids.numel():
@@ -298,7 +304,7 @@ class Rollouts:
             ref_logps=floats(self.ref_logps),
             rollout_logps=floats(self.rollout_logps),
             policy_weights=floats(self.rollout_weights),
-            selected=None,
+            selected=None if self.selected is None else (self.selected.reshape(-1) != 0).float().contiguous(),
             sequence_ids=sequence_ids,
             cu_seqlens=cu,
             lengths=lengths,

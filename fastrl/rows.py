@@ -47,3 +47,18 @@ class Scoring(NamedTuple):
     def at(self, rows: Tensor) -> Scoring:
         """The same for logits whose row i scores token rows[i]; those rows all count."""
         return self._replace(rows=rows, mask=None)
+
+
+class SparseRows(NamedTuple):
+    """The gradient of n rows of logits as lists of C columns each, in the order of the columns; an unused place holds
+    column V and gradient 0."""
+
+    columns: Tensor  # (n, C) int32
+    gradients: Tensor  # (n, C) fp32 (fp64 for fp64 logits)
+
+
+class KeptColumns(NamedTuple):
+    """(N,) what the sparse gradient kept of every token's row."""
+
+    number: Tensor  # int32: columns kept; 0 = nothing to differentiate; C + 1 = too many, or NaN: left to the dense way
+    dropped: Tensor  # Σ p of the columns left out, 0 for a row that goes the dense way

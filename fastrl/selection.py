@@ -12,8 +12,8 @@ from fastrl.spec import LossSpec
 
 
 def select(logps: Tensor, entropy: Tensor | None, advantages: Tensor, flat: Flat, spec: LossSpec) -> Flat:
-    """The batch with `selected` as the spec wants it; unchanged if it picks nothing."""
-    if not spec.by_batch:
+    """The batch with `selected` as the spec wants it; unchanged if it picks nothing, or the caller has picked."""
+    if not spec.by_batch or flat.selected is not None:
         return flat
     valid = flat.valid()
     if spec.top_entropy_quantile < 1:

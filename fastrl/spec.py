@@ -58,7 +58,7 @@ class LossSpec(OwnNumbers):
     """Lower bound, as an offset: the ratio is clipped below at 1 − epsilon_low (gmpo: the log-ratio at −epsilon_low;
     dppo: the probability shift, or divergence, at epsilon_low); None = no bound on that side."""
     epsilon_high: float | None = 0.2
-    """Upper bound, likewise: 1 + epsilon_high; None = no bound on that side."""
+    """Upper bound, likewise: 1 + epsilon_high; None = no bound on that side. Above −1 with cispo, else at least 0."""
     delta: float | None = None
     """Raw upper bound on the unclipped ratio (two-sided clipping, INTELLECT-2): r ← min(r, delta), delta > 1 + ε₊."""
     dual_clip: float | None = None
@@ -169,8 +169,9 @@ class LossSpec(OwnNumbers):
         put("advantage_scale", AdvantageScale)
 
     def _check_numbers(self) -> None:
-        for name in ("epsilon_low", "epsilon_high"):
-            check_number(name, getattr(self, name), 0.0, optional=True)
+        check_number("epsilon_low", self.epsilon_low, 0.0, optional=True)
+        caps = self.objective == "cispo"  # its upper bound caps a weight, at any positive number; a clip range holds 1
+        check_number("epsilon_high", self.epsilon_high, -1.0 if caps else 0.0, inclusive=not caps, optional=True)
         for name in ("delta", "dual_clip"):
             check_number(name, getattr(self, name), 1.0, inclusive=False, optional=True)
         for name in ("log_ratio_clamp", "kl_clamp"):
@@ -181,7 +182,8 @@ class LossSpec(OwnNumbers):
         check_number("off_policy_threshold", self.off_policy_threshold, -math.inf, optional=True)
         check_number("top_entropy_quantile", self.top_entropy_quantile, 0.0)
         for field in dataclasses.fields(OwnNumbers):
-            check_number(field.name, getattr(self, field.name), 0.0, inclusive=False)
+            lowest = -math.inf if field.name in ("clip_cov_low", "clip_cov_high") else 0.0
+            check_number(field.name, getattr(self, field.name), lowest, inclusive=False)
         if self.top_entropy_quantile > 1:
             raise ValueError(
                 f"top_entropy_quantile: expected a fraction from 0 to 1, got {self.top_entropy_quantile!r}"
@@ -256,6 +258,11 @@ class LossSpec(OwnNumbers):
             raise ValueError(
                 f"epsilon_low: expected an offset from 1 of at most 1, got {self.epsilon_low!r};"
                 " use None for no lower bound"
+            )
+        if None not in (self.epsilon_low, self.epsilon_high) and self.epsilon_high < -self.epsilon_low:
+            raise ValueError(
+                f"epsilon_high: expected an upper bound of at least the lower one, 1 - epsilon_low = "
+                f"{1 - self.epsilon_low:g}, got 1 + {self.epsilon_high!r}; set epsilon_low=None"
             )
         if name == "clip_cov" and self.seed is None:
             raise ValueError(

@@ -43,9 +43,12 @@ def step(i: int, device: str) -> None:
         fastrl.policy_loss(logps, rollouts, spec, entropy=entropy, backend="triton").loss.backward()
         out = fastrl.policy_loss_from_logits(logits, rollouts, spec, temperature=temperature, backend="triton")
         out.loss.backward()
-        head = fastrl.LMHead(WEIGHT.to(device))
+        head = fastrl.LMHead(WEIGHT.to(device).requires_grad_())
         out = fastrl.policy_loss_from_hidden(hidden, head, rollouts, spec, temperature=temperature, backend="triton")
         out.loss.backward()
+    sparse = {"sparse_eps": 0.01 * (i + 1), "sparse_capacity": 16, "buffer_bytes": 16 * (4 * V + 32 * 16)}
+    out = fastrl.policy_loss_from_hidden(hidden, head, rollouts, backend="triton", **sparse)
+    out.loss.backward()
     fastrl.logprobs_from_logits(normal(B, T, V), ids, temperature=temperature, backend="triton")
     fastrl.gae(normal(B, T), normal(B, T), mask=mask, gamma=0.9 + 0.01 * i, lam=0.8, backend="triton")
     fastrl.group_advantages(normal(8 * B), group_size=8, backend="triton")

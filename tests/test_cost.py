@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="needs triton")
 if torch.cuda.is_available():
     pytest.skip("counts in Triton's interpreter: needs TRITON_INTERPRET=1 and no GPU", allow_module_level=True)
 
-from bench import cost
+from bench import cost, sparse_cost
 
 KEPT = 1 - 4096 / cost.VOCAB  # what is left to read again of a row whose last full tile is kept
-ROW = 0.02  # bytes per logit that a row costs beyond its logits, at the vocabulary of the cost model
+ROW = 0.03  # bytes per logit that a row and its tiles cost beyond the logits, at the vocabulary of the cost model
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,24 @@ def test_flop_of_the_hidden_level(case, flop, hidden):
 @pytest.fixture(scope="module")
 def hidden():
     return {row.case: row for row in cost.hidden_costs()}
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    name = "loss from hidden states, sparse gradient"
+    return {row.case.removeprefix(name): row for row in sparse_cost.sparse_costs()}
+
+
+def test_the_sparse_gradient(sparse):
+    """Scored and listed: each logit read twice, nothing of [N, V] written; and the products of the logits alone."""
+    frozen = sparse[", frozen head"]
+    assert 4 <= frozen.read_issued <= 4 + 3 * ROW and 2 <= frozen.read_distinct <= 2 + 2 * ROW
+    assert frozen.written_issued <= 2 * ROW
+    head = sparse[", what a trainable head adds"]  # fp32, each element written once
+    assert head.written_issued == head.written_distinct == 4
+    assert 1 <= head.read_issued <= 1.5  # per column bounds of 8 bytes, at H = 8; per entry 12 + 2H
+    assert sparse[""].flop == 2
+    assert sparse[", every row without room"].flop == 2 + 6
 
 
 def test_a_second_read_shows():

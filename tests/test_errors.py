@@ -32,12 +32,6 @@ def grad(x):
     return x.clone().requires_grad_()
 
 
-def deepspeed_parameter():
-    weight = torch.nn.Parameter(torch.zeros(5, 4))
-    weight.ds_id = 0
-    return weight
-
-
 MISUSES = [
     # what is done, exception, the argument it must name, words of expectation and remedy
     ("unknown objective", lambda: LossSpec(objective="grpo"), ValueError, "objective", "'ppo_clip'", "function"),
@@ -123,6 +117,7 @@ MISUSES = [
     ("weights of another shape", lambda: Rollouts(IDS, advantages=ADV, rollout_weights=ADV), ValueError, "rollout_weights", "(2, 3)", ""),
     ("sampler with gradient", lambda: Rollouts(IDS, advantages=ADV, rollout_logps=grad(LOGPS)), ValueError, "rollout_logps", "", "detach"),
     ("normalizer of zero", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=0), ValueError, "normalizer", "above 0", ""),
+    ("normalizer in half precision", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=torch.tensor(3.0).bfloat16()), ValueError, "normalizer", "integer", "MixedPrecisionPolicy"),
     ("normalizer per token", lambda: fastrl.policy_loss(LOGPS, GOOD, normalizer=LOGPS), ValueError, "normalizer", "0-d", ""),
     ("normalizer of token-sum", lambda: fastrl.policy_loss(LOGPS, GOOD, fastrl.PPO.replace(aggregation="token-sum"), normalizer=3), ValueError, "normalizer", "token-sum", "token-mean"),
     ("unknown backend", lambda: fastrl.policy_loss(LOGPS, GOOD, backend="cuda"), ValueError, "backend", "'triton'", ""),
@@ -144,11 +139,19 @@ MISUSES = [
     ("hidden of another width", lambda: fastrl.policy_loss_from_hidden(LOGITS, HEAD, GOOD), ValueError, "hidden", "H = 4", ""),
     ("hidden of another dtype", lambda: fastrl.policy_loss_from_hidden(HIDDEN.bfloat16(), HEAD, GOOD), TypeError, "hidden", "float32", "autocast"),
     ("buffer of nothing", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, buffer_bytes=0), ValueError, "buffer_bytes", "positive", ""),
+    ("sparse_eps of 1", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_eps=1.0), ValueError, "sparse_eps", "[0, 1)", ""),
+    ("negative sparse_eps", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_eps=-1e-3), ValueError, "sparse_eps", "[0, 1)", ""),
+    ("sparse_eps of NaN", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_eps=float("nan")), ValueError, "sparse_eps", "[0, 1)", ""),
+    ("sparse_eps as a flag", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_eps=True), TypeError, "sparse_eps", "[0, 1)", ""),
+    ("places that are no power of two", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_eps=0.1, sparse_capacity=3), ValueError, "sparse_capacity", "power of two", ""),
+    ("places without a sparse gradient", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, sparse_capacity=4), ValueError, "sparse_capacity", "None without sparse_eps", "set sparse_eps"),
+    ("logits in bf16 of fp32", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, out_dtype=torch.bfloat16), ValueError, "out_dtype", "torch.float32", "cast"),
+    ("fp32 logits of fp64", lambda: fastrl.logprobs_from_hidden(HIDDEN.double(), LMHead(HEAD.weight.double()), IDS, out_dtype=torch.float32), ValueError, "out_dtype", "torch.float64", "cast"),
+    ("overlap as a number", lambda: fastrl.policy_loss_from_hidden(HIDDEN, HEAD, GOOD, overlap=1), TypeError, "overlap", "True or False", ""),
     ("flat weight", lambda: LMHead(torch.zeros(5)), ValueError, "weight", "(V, H)", ""),
     ("bias of another length", lambda: LMHead(torch.zeros(5, 4), torch.zeros(4)), ValueError, "bias", "(5,)", ""),
     ("softcap of zero", lambda: LMHead(torch.zeros(5, 4), softcap=0.0), ValueError, "softcap", "above 0", ""),
     ("negative scale", lambda: LMHead(torch.zeros(5, 4), logit_scale=-1.0), ValueError, "logit_scale", "above 0", ""),
-    ("partitioned weight", lambda: LMHead(deepspeed_parameter()), ValueError, "weight", "materialised", "Gathered"),
     ("meta weight", lambda: LMHead(torch.zeros(5, 4, device="meta")), ValueError, "weight", "materialised", ""),
     ("integer weight", lambda: LMHead(torch.zeros(5, 4, dtype=torch.int8)), TypeError, "weight", "floating", ""),
     ("model without a head", lambda: LMHead.from_model(torch.nn.Linear(2, 2)), ValueError, "model", "output embedding", "by hand"),

@@ -32,7 +32,9 @@ def test_wheel_contents(wheel):
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastrl", "fastrl_kernels"}
-    assert "fastrl/py.typed" in names and "fastrl_kernels/softmax.py" in names and "fastrl/adapters/trl.py" in names
+    assert (
+        "fastrl/py.typed" in names and "fastrl_kernels/softmax.py" in names and "fastrl/adapters/trl/plugin.py" in names
+    )
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "bench", "kernels/")) for name in names)
     metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
@@ -63,8 +65,10 @@ def test_dependencies_point_downwards():
     order = [
         "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
         "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
-        "reference", "rollouts", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "ops", "autograd",
-        "inputs", "functional", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
+        "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "torch_backend",
+        "triton_backend", "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "double_backward",
+        "ops", "op_gradients", "calls", "autograd",
+        "inputs", "functional", "token_metrics", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
         "reward_model", "_info", "__main__",
     ]  # fmt: skip
     package = ROOT / "fastrl"

@@ -26,6 +26,8 @@ def fn(log_ratio, advantages):
 SPECS = [
     # the fields of a LossSpec, the one that its message begins with, words of expectation or remedy
     ({"epsilon_high": -1.0}, "epsilon_high", "≥ 0"),
+    ({"epsilon_high": -1.0, "epsilon_low": None, "objective": "cispo"}, "epsilon_high", "> -1"),
+    ({"epsilon_high": -0.5, "objective": "cispo"}, "epsilon_high", "epsilon_low=None"),
     ({"epsilon_low": 1.5, "objective": "cispo"}, "epsilon_low", "at most 1"),
     ({"delta": 1.0}, "delta", "> 1"),
     ({"delta": 1.2}, "delta", "more than 1 + epsilon_high = 1.2"),
@@ -56,6 +58,8 @@ SPECS = [
     ({"objective": fn, "seed": 1}, "seed", "'clip_cov'"),
     ({"objective": "clip_cov"}, "seed", "every step"),
     ({"seed": 1}, "seed", "leave it None"),
+    ({**CLIP_COV, "clip_cov_low": -math.inf}, "clip_cov_low", "finite"),
+    ({**CLIP_COV, "clip_cov_low": -1.0, "clip_cov_high": -2.0}, "clip_cov_low", "less than clip_cov_high"),
     ({**CLIP_COV, "clip_cov_low": 5.0}, "clip_cov_low", "less than clip_cov_high"),
     ({**CLIP_COV, "top_entropy_quantile": 0.5}, "top_entropy_quantile", "'ppo_clip'"),
     ({"objective": "kl_cov", "top_entropy_quantile": 0.5}, "top_entropy_quantile", "'ppo_clip'"),
@@ -90,6 +94,8 @@ def unread():
             if str(level) not in definition.levels:
                 yield {**base, "ratio_level": str(level)}, "ratio_level", repr(definition.levels[0])
     for field in own:
+        if field in ("clip_cov_low", "clip_cov_high"):  # bounds of a covariance, which has either sign
+            continue
         reader = next(name for name, definition in OBJECTIVES.items() if field in definition.numbers)
         base = {"objective": reader, "ratio_level": OBJECTIVES[reader].levels[0], "seed": 0}
         yield {k: v for k, v in base.items() if k != "seed" or reader == "clip_cov"} | {field: 0.0}, field, "> 0"

@@ -13,12 +13,14 @@ from .policy import STATISTICS, policy_loss_fwd
 from .ranking import ranked_reward
 from .scale import scale_
 from .scan import lambda_returns
+from .sparse import gather_columns, sparsify, sum_by_column
 
 __all__ = [
     "OBJECTIVES",
     "STATISTICS",
     "batch_advantages",
     "fused_loss_grad",
+    "gather_columns",
     "group_advantages",
     "lambda_returns",
     "logprob_bwd",
@@ -26,4 +28,6 @@ __all__ = [
     "policy_loss_fwd",
     "ranked_reward",
     "scale_",
+    "sparsify",
+    "sum_by_column",
 ]

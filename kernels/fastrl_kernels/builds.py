@@ -4,48 +4,57 @@ The options combine to more specialisations than can be compiled on every change
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan
+from . import batch_groups, fused, groups, logprob, policy, ranking, scale, scan, sparse, ticket
 from .objective_fns import OBJECTIVES
-from .tune import RowConfig, TokenConfig, row_config, token_config
+from .tune import TokenConfig, row_config, tile_config, token_config, warp_size
 
 
 @dataclass(frozen=True)
 class Build:
-    """One specialisation: a kernel, its constexprs, which optional inputs are absent, the logits dtype, and whether
-    rows start at multiples of 16 bytes (those of an odd vocabulary without padding do not)."""
+    """One specialisation: a kernel, its constexprs, which optional inputs are absent, the logits dtype, whether
+    rows start at multiples of 16 bytes (those of an odd vocabulary without padding do not), and whether a program takes
+    one tile, without a loop over the vocabulary."""
 
     name: str
     kernel: Any
     constexprs: dict[str, Any]
-    config: Callable[[int], RowConfig | TokenConfig]  # of the warp size
+    config: Callable[[str], Any]  # of the architecture: something with `num_warps`; a RowConfig adds its constexprs
     vocabulary: bool
     absent: tuple[str, ...] = ()
     logits: str = "bf16"
     aligned: bool = True
+    by_tile: bool = False
+    dlogits: str | None = None  # where the gradient has another dtype than the logits
     logits_names: tuple[str, ...] = field(default=("logits_ptr", "dlogits_ptr", "x_ptr"))
 
 
 def builds(vocab_size: int = 151936) -> Iterator[Build]:
     """Every kernel in the specialisations that the presets and options reach."""
     plain = ("rows_ptr", "temperature_ptr", "softcap", "mask_ptr")
+    forward, backward = logprob._logprob_fwd_kernel, logprob._logprob_bwd_kernel
     for dtype in ("bf16", "fp16", "fp32"):
-        yield _row_build(f"logprob_fwd-{dtype}", logprob._logprob_fwd_kernel, vocab_size, {}, plain, dtype)
-        absent = (*plain, "dentropy_ptr")
-        yield _row_build(f"logprob_bwd-{dtype}", logprob._logprob_bwd_kernel, vocab_size, {}, absent, dtype)
+        yield _row_build(f"logprob_fwd-{dtype}", forward, vocab_size, {}, plain, dtype)
+        yield _row_build(f"logprob_bwd-{dtype}", backward, vocab_size, {}, (*plain, "dentropy_ptr"), dtype)
     odd = vocab_size - 1
-    yield _row_build("logprob_fwd-unaligned", logprob._logprob_fwd_kernel, odd, {}, plain, aligned=False)
-    yield _row_build("logprob_bwd-unaligned", logprob._logprob_bwd_kernel, odd, {}, plain, aligned=False)
-    yield _row_build("logprob_fwd-full", logprob._logprob_fwd_kernel, vocab_size)
-    yield _row_build("logprob_bwd-full", logprob._logprob_bwd_kernel, vocab_size)
+    yield _row_build("logprob_fwd-unaligned", forward, odd, {}, plain, aligned=False)
+    yield _row_build("logprob_bwd-unaligned", backward, odd, {}, plain, aligned=False)
+    yield _row_build("logprob_fwd-full", forward, vocab_size)
+    yield _row_build("logprob_bwd-full", backward, vocab_size)
+    for name, absent in (("lean", plain), ("full", ())):
+        yield _row_build(f"tile_statistics-{name}", logprob._tile_statistics_kernel, vocab_size, {}, absent)
+        yield _row_build(f"parts_to_scores-{name}", logprob._parts_to_scores_kernel, vocab_size, {}, absent)
     yield from _fused_builds(vocab_size, plain)
+    yield from _wide_logits_builds(vocab_size, plain)
     yield from _policy_builds()
     yield from _group_builds()
+    yield from _sparse_builds(vocab_size)
     yield Build("scale", scale._scale_kernel, {"BLOCK": scale._BLOCK}, lambda _: TokenConfig(scale._BLOCK, 8), False)
     for name, carry, absent in (
         ("full", True, ()),
@@ -59,6 +68,56 @@ def builds(vocab_size: int = 151936) -> Iterator[Build]:
         constexprs = {"BLOCK_K": ranking._BLOCK_K, "BLOCK_P": ranking._BLOCK_P}
         config = functools.partial(_fixed, 4)
         yield Build(f"ranking-{name}", ranking._ranked_reward_kernel, constexprs, config, False, absent)
+
+
+def _wide_logits_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
+    """fp32 logits of half-precision operands, whose gradient is rounded to theirs."""
+    names, own = _objective("ppo_clip")
+    for kernel, constexprs, absent in (
+        (logprob._logprob_bwd_kernel, {}, (*plain, "dentropy_ptr")),
+        (fused._fused_kernel, names, (*own, "rollout_ptr", "policy_weights_ptr", *_BOUNDS)),
+    ):
+        build = _row_build("", kernel, vocab_size, constexprs, absent, "fp32")
+        name = "logprob_bwd-wide" if kernel is logprob._logprob_bwd_kernel else "fused-wide"
+        yield dataclasses.replace(build, name=name, dlogits="bf16")
+
+
+_SPARSE_CAPACITY = 256
+_HIDDEN = 4096
+
+
+def _sparse_builds(vocab_size: int) -> Iterator[Build]:
+    """Emission of kept columns, and the two sums over them."""
+    lists = {"CAPACITY": _SPARSE_CAPACITY, "BLOCK_C": _SPARSE_CAPACITY}
+    emission = functools.partial(_by_warps, sparse.emission_config, vocab_size)
+    constexprs = {**lists, "BLOCK_V": sparse.emission_config(vocab_size).block_v}
+    lean = ("temperature_ptr", "softcap", "dentropy_ptr")
+    for name, absent, dtype, aligned in (
+        ("bf16", lean, "bf16", True),
+        ("fp32", lean, "fp32", True),
+        ("full", (), "bf16", True),
+        ("unaligned", lean, "bf16", False),
+    ):
+        yield Build(
+            f"sparse-emit-{name}", sparse._sparsify_kernel, constexprs, emission, True, absent, dtype, aligned
+        )  # fmt: skip
+    rows = functools.partial(_by_warps, sparse.gather_config, _HIDDEN)
+    columns = functools.partial(_by_warps, sparse.column_config, _HIDDEN)
+    row_sums, column_sums = sparse.gather_config(_HIDDEN), sparse.column_config(_HIDDEN)
+    for dtype in ("bf16", "fp32"):
+        names = ("weight_ptr", "hidden_ptr", "dhidden_ptr")
+        blocks = {"BLOCK_E": row_sums.block_e, "BLOCK_H": row_sums.block_h}
+        yield Build(
+            f"sparse-gather-{dtype}", sparse._gather_columns_kernel, {**lists, **blocks}, rows, False, (), dtype,
+            logits_names=names,
+        )  # fmt: skip
+        blocks = {"BLOCK_E": column_sums.block_e, "BLOCK_H": column_sums.block_h}
+        constexprs = {"CAPACITY": _SPARSE_CAPACITY, "COLUMNS": sparse._COLUMNS, **blocks}
+        for part, absent in (("both", ()), ("weight", ("dbias_ptr",)), ("bias", ("dweight_ptr",))):
+            yield Build(
+                f"sparse-columns-{part}-{dtype}", sparse._sum_by_column_kernel, constexprs, columns, False, absent,
+                dtype, logits_names=names,
+            )  # fmt: skip
 
 
 def _group_builds() -> Iterator[Build]:
@@ -89,11 +148,16 @@ def _row_build(
     aligned: bool = True,
 ) -> Build:
     softcap = "softcap" not in absent
-    block = {"BLOCK_V": row_config(vocab_size, softcap, 32).block_v}
-    config = functools.partial(row_config, vocab_size, softcap)
-    return Build(name, kernel, {**block, **(constexprs or {})}, config, True, absent, dtype, aligned)
+    if kernel is logprob._logprob_bwd_kernel:
+        config = functools.partial(tile_config, vocab_size, softcap=softcap)
+    else:
+        config = functools.partial(row_config, vocab_size, _BYTES[dtype], softcap=softcap)
+    reads_rows = "logits_ptr" in kernel.arg_names
+    by_tile = kernel in (logprob._logprob_bwd_kernel, logprob._tile_statistics_kernel, ticket._fused_ticket_kernel)
+    return Build(name, kernel, dict(constexprs or {}), config, reads_rows, absent, dtype, aligned, by_tile)
 
 
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NO_CORRECTION = {"CORRECTION": "off", "MODE": "truncate", "REJECT": "off"}
 _BOUNDS = ("lower", "upper", "reject_lower", "reject_upper")
 
@@ -131,6 +195,10 @@ def _fused_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
         yield build(f"fused-grpo-{dtype}", names, (*own, *lean), dtype)
     absent = (*own, *lean)
     yield _row_build("fused-unaligned", fused._fused_kernel, vocab_size - 1, names, absent, aligned=False)
+    for name, kernel in (("ticket", ticket._fused_ticket_kernel), ("parts", fused._parts_to_cotangents_kernel)):
+        yield _row_build(f"fused-{name}-grpo-bf16", kernel, vocab_size, names, absent)
+        yield _row_build(f"fused-{name}-full", kernel, vocab_size, names, uncorrected)
+    yield _row_build("fused-ticket-grpo-fp32", ticket._fused_ticket_kernel, vocab_size, names, absent, "fp32")
     yield build("fused-unbounded", names, (*own, *lean, "low", "high", "bound", "old_ptr"))
     for objective in OBJECTIVES:
         constexprs, own = _objective(objective)
@@ -235,9 +303,13 @@ def _corrected_policy_builds(padded: tuple[str, ...]) -> Iterator[Build]:
     yield _policy_build("given-weights", {}, (*padded, "off_policy", *_BOUNDS))
 
 
-def _token(by_sequence: bool, _: int) -> TokenConfig:
+def _token(by_sequence: bool, _: str) -> TokenConfig:
     return token_config(by_sequence)
 
 
-def _fixed(num_warps: int, _: int) -> TokenConfig:
+def _fixed(num_warps: int, _: str) -> TokenConfig:
     return TokenConfig(0, num_warps)
+
+
+def _by_warps(config: Callable[[int, int], Any], size: int, arch: str) -> Any:
+    return config(size, warp_size(arch))

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .builds import Build, builds
+from .tune import RowConfig
 
 __all__ = ["ARCHITECTURES", "Build", "builds", "compile_build", "report"]
 
@@ -26,13 +27,19 @@ ARCHITECTURES = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
-_INT32 = ("sequence_ptr", "ticket_ptr", "T", "out_T", "V", "N", "G", "first_sequence", "numel", "R", "K")
+_STRIDES = ("stride_b", "stride_t", "out_stride_b", "out_stride_t", "stride_w", "stride_h")
+_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "order_ptr", *_STRIDES)
+_INT32 = (
+    "sequence_ptr", "ticket_ptr", "arrived_ptr", "columns_ptr", "number_ptr", "offsets_ptr", "T", "out_T", "V", "H",
+    "N", "G", "first_sequence", "first", "numel", "R", "K",
+)  # fmt: skip
 _BYTES = ("mask_ptr", "varies_ptr")
-_ALIGNED = ("V", "stride_b", "stride_t", "out_stride_b", "out_stride_t")
+_ALIGNED = ("V", "H", *_STRIDES)
 
 
 def _argument_type(name: str, build: Build) -> str:
+    if name == "dlogits_ptr" and build.dlogits:
+        return f"*{build.dlogits}"
     if name in build.logits_names:
         return f"*{build.logits}"
     if name in _BYTES:
@@ -45,11 +52,13 @@ def _argument_type(name: str, build: Build) -> str:
     return f"{pointer}fp32"
 
 
-def compile_build(build: Build, target: GPUTarget) -> Any:
+def compile_build(build: Build, arch: str) -> Any:
     """The compiled kernel of one build."""
-    names = build.kernel.arg_names
+    names, config = build.kernel.arg_names, build.config(arch)
     absent = {name: None for name in build.absent if name in names}
     constexprs = {**build.constexprs, **absent}
+    if isinstance(config, RowConfig):
+        constexprs |= {name: x for name, x in (("BLOCK_V", config.block_v), ("TILES", config.tiles)) if name in names}
     signature = {name: "constexpr" if name in constexprs else _argument_type(name, build) for name in names}
     unaligned = () if build.aligned else (*build.logits_names, *_ALIGNED)
     aligned = [
@@ -59,18 +68,18 @@ def compile_build(build: Build, target: GPUTarget) -> Any:
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(build.kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options={"num_warps": build.config(target.warp_size).num_warps})
+    return triton.compile(source, target=ARCHITECTURES[arch], options={"num_warps": config.num_warps})
 
 
 def report(build: Build, arch: str) -> dict[str, Any]:
     """Registers, spills, shared memory and the widths of global accesses of one build for one architecture.
 
-    Widths are in bytes: the narrowest load and store of the vocabulary's dtype inside the loops over it, 0 where there
-    is none. `error` is the compiler's message, or None.
+    Widths are in bytes: the narrowest load and store inside the loops over the vocabulary, 0 where there is none; see
+    `_width` for kernels that take one tile each. `error` is the compiler's message, or None.
     """
     row: dict[str, Any] = {"kernel": build.name, "arch": arch, "vocabulary": build.vocabulary, "error": None}
     try:
-        compiled = compile_build(build, ARCHITECTURES[arch])
+        compiled = compile_build(build, arch)
     except Exception as error:  # whatever the compiler raises is the finding
         return row | {"error": f"{type(error).__name__}: {error}"}
     row["shared_bytes"] = compiled.metadata.shared
@@ -122,14 +131,20 @@ def _ptx_widths(ptx: str, build: Build) -> tuple[int, int]:
         return 0, 0
     loop = _loop_text(ptx, r"^(\$L\S+):", r"bra(?:\.uni)?\s+(\$L\w+)")
 
-    def narrowest(kind: str) -> int:
-        widths = [
-            int(v or 1) * int(bits) // 8
-            for v, bits in re.findall(rf"{kind}\.global(?:\.[A-Za-z0-9_:]+)*?(?:\.v(\d))?\.b(\d+)", loop)
-        ]
-        return min(widths, default=0)
+    def widths(kind: str, text: str) -> list[int]:
+        pattern = rf"{kind}\.(?:\w+\.)?global(?:\.[A-Za-z0-9_:]+)*?(?:\.v(\d))?\.b(\d+)"
+        return [int(v or 1) * int(bits) // 8 for v, bits in re.findall(pattern, text)]
 
-    return narrowest("ld"), narrowest("st")
+    loads, stores = ((widths(kind, loop), widths(kind, ptx)) for kind in ("ld", "st"))
+    return _width(build, *loads), _width(build, *stores)
+
+
+def _width(build: Build, in_loops: list[int], everywhere: list[int]) -> int:
+    """The narrowest access in the loops. A kernel that takes its tile without a loop reads narrow numbers per row
+    beside it: there 16 if any access is that wide, which no such number is, else the width by which most bytes move."""
+    if not build.by_tile:
+        return min(in_loops, default=0)
+    return max(everywhere, key=lambda width: (width == 16, width * everywhere.count(width)), default=0)
 
 
 def _gcn_widths(text: str, build: Build) -> tuple[int, int]:
@@ -138,8 +153,9 @@ def _gcn_widths(text: str, build: Build) -> tuple[int, int]:
     loop = _loop_text(text, r"^(\.L\w+):.*Loop", r"s_c?branch\w*\s+(\.L\w+)")
     width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "byte": 1, "ubyte": 1}
 
-    def narrowest(kind: str) -> int:
-        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+?)(?:_d16\w*)?\s", loop)
-        return min((width.get(name, 1) for name in found), default=0)
+    def widths(kind: str, text: str) -> list[int]:
+        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+?)(?:_d16\w*)?\s", text)
+        return [width.get(name, 1) for name in found]
 
-    return narrowest("load"), narrowest("store")
+    loads, stores = ((widths(kind, loop), widths(kind, text)) for kind in ("load", "store"))
+    return _width(build, *loads), _width(build, *stores)

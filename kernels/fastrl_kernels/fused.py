@@ -1,5 +1,8 @@
-"""One pass over the logits: statistics, objective, and the gradient, in one kernel. For losses whose coefficient at a
-token depends on that token's own row alone."""
+"""One pass over the logits: statistics, objective, and the gradient. For losses whose coefficient at a token depends on
+that token's own row alone.
+
+Three schedules of the same arithmetic, with the same bits: a row per program (`_fused_kernel`), the tiles of few rows
+by programs of their own in three launches, and a row's tiles by programs that wait for each other (`ticket.py`)."""
 
 from __future__ import annotations
 
@@ -10,19 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kl_fns import nothing
-from .logprob import as_bytes, num_rows, row_strides
-from .softmax import (
-    is_valid,
-    row_factor,
-    row_start,
-    row_statistics,
-    token_of_row,
-    write_row_gradient,
-    write_zero_row,
+from .logprob import (
+    as_bytes,
+    logprob_bwd,
+    num_rows,
+    row_strides,
+    scores_of_parts,
+    store_scores,
+    tile_statistics_of_rows,
 )
-from .token_fns import token_rollout_weight, token_terms
-from .tune import PER_ROW, on_device, row_config
+from .row_gradient import write_row_gradient, write_zero_row
+from .softmax import is_valid, load_target, row_factor, row_start, row_statistics, token_of_row
+from .ticket import launch_by_ticket, takes_tickets
+from .token_fns import entropy_cotangent, logp_cotangent
+from .tune import PER_ROW, architecture, few_rows, on_device, row_config
 
 
 @triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
@@ -39,67 +43,83 @@ def _fused_kernel(
     low, high, delta, dual_clip, bound, kl_coef, kl_clamp, entropy_coef, p0, p1, p2, p3,
     lower, upper, reject_lower, reject_upper,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
-    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr, BLOCK_V: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One row per program: 2V bytes read for the statistics, the same less one tile read again (from L2 as far as it
     holds the row) and 2V written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more
     and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
     n = token_of_row(i, rows_ptr)
-    out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
     row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
     valid = is_valid(mask_ptr, n)
     f = row_factor(factor, temperature_ptr, n)
     m = tl.full((), 0.0, tl.float32)
     log_s, entropy, logp, c = m, m, m, m
     e = None
-    target = tl.full((), 0, tl.int64)
+    target = tl.full((), 0, tl.int32)
     last = tl.zeros((BLOCK_V,), logits_ptr.dtype.element_ty)
     if valid:
-        target = tl.load(ids_ptr + n)
-        last, m, log_s, entropy, logp = row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, True, BLOCK_V)
-        old, gap = logp, nothing(logp)
-        if old_ptr is not None:
-            old = tl.load(old_ptr + n)
-            gap = logp - old
-        ref = None
-        if ref_ptr is not None:
-            ref = tl.load(ref_ptr + n)
-        advantage, weight = tl.load(advantages_ptr + n), tl.load(weights_ptr + n)
-        scale = None
-        if CORRECTION != "off":
-            rollout = tl.load(rollout_ptr + n)
-            scale, rejected = token_rollout_weight(
-                old, rollout, bound, lower, upper, reject_lower, reject_upper, CORRECTION, MODE, REJECT, "token"
-            )
-            scale = tl.where(rejected, 0.0, scale)
-        elif policy_weights_ptr is not None:
-            scale = tl.load(policy_weights_ptr + n)
-        _, dratio, dlogp, _, _, _, _, _, _ = token_terms(
-            logp, old, gap, advantage, ref, scale, None, None,
-            low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
+        target = load_target(ids_ptr, n, V)
+        last, m, log_s, entropy, logp = row_statistics(
+            row_ptr, target, V, log_vocab, f, softcap, inner, True, BLOCK_V, TILES
+        )
+        c = logp_cotangent(
+            logp, n, advantages_ptr, weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+            low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3,
+            lower, upper, reject_lower, reject_upper, OBJECTIVE, KL, KL_GRADIENT, CORRECTION, MODE, REJECT,
         )  # fmt: skip
-        c = weight * (dratio + dlogp)
-        c = tl.where(logp == logp, c, float("nan"))
-    tl.store(logp_ptr + n, logp)
-    tl.store(entropy_ptr + n, entropy)
-    tl.store(max_ptr + n, m)
-    tl.store(log_sum_ptr + n, log_s)
+    store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
     tl.store(dlogp_ptr + n, c)
     live = valid & (c != 0)
     if entropy_coef is not None:
-        if entropy_weights_ptr is not None:
-            e = -entropy_coef * tl.load(entropy_weights_ptr + n, mask=valid, other=0.0)
-        else:
-            e = -entropy_coef * tl.load(weights_ptr + n, mask=valid, other=0.0)
+        e = entropy_cotangent(valid, n, weights_ptr, entropy_weights_ptr, entropy_coef)
         tl.store(dentropy_ptr + n, e)
         live = live | (valid & (e != 0))
     # In place, the gradient overwrites logits that the whole program must have read before.
     tl.debug_barrier()
+    out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
     if live:
         write_row_gradient(last, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
         write_zero_row(out_ptr, V, BLOCK_V)
+
+
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+def _parts_to_cotangents_kernel(
+    parts_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
+    advantages_ptr, weights_ptr, entropy_weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+    logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
+
+    V,
+
+    log_vocab, factor,
+    low, high, delta, dual_clip, bound, kl_coef, kl_clamp, entropy_coef, p0, p1, p2, p3,
+    lower, upper, reject_lower, reject_upper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The middle of `_fused_kernel`, one row per program: from the statistics of its tiles to scores and cotangents. 12
+    bytes read per tile; the gradient is left to `logprob_bwd`."""
+    i = tl.program_id(0).to(tl.int64)
+    n = token_of_row(i, rows_ptr)
+    valid = is_valid(mask_ptr, n)
+    m = tl.full((), 0.0, tl.float32)
+    log_s, entropy, logp, c = m, m, m, m
+    if valid:
+        f = row_factor(factor, temperature_ptr, n)
+        target = load_target(ids_ptr, n, V)
+        m, log_s, entropy, logp = scores_of_parts(parts_ptr + i * 4 * TILES, target, V, log_vocab, f, BLOCK_V, TILES)
+        c = logp_cotangent(
+            logp, n, advantages_ptr, weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+            low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3,
+            lower, upper, reject_lower, reject_upper, OBJECTIVE, KL, KL_GRADIENT, CORRECTION, MODE, REJECT,
+        )  # fmt: skip
+    store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
+    tl.store(dlogp_ptr + n, c)
+    if entropy_coef is not None:
+        tl.store(dentropy_ptr + n, entropy_cotangent(valid, n, weights_ptr, entropy_weights_ptr, entropy_coef))
 
 
 def fused_loss_grad(
@@ -127,17 +147,29 @@ def fused_loss_grad(
     numbers: dict[str, float | None],
     structure: dict[str, Any],
 ) -> None:
-    """Score every row and write d(Σ wₜ·ℓₜ)/dlogits in the same launch."""
-    if num_rows(logits) == 0:
+    """Score every row and write d(Σ wₜ·ℓₜ)/dlogits, from one launch (three for few rows)."""
+    count, V, arch = num_rows(logits), logits.shape[-1], architecture(logits.device)
+    if count == 0:
         return
-    V = logits.shape[-1]
-    config = row_config(V, transform["softcap"] is not None)
+    config = row_config(V, logits.element_size(), arch, transform["softcap"] is not None)
+    tokens = (ids, as_bytes(mask), rows, temperature)
+    given = (advantages, weights, entropy_weights, old, ref, rollout, policy_weights)
+    scores, cotangents = (logp, entropy, row_max, log_sum), (dlogp, dentropy)
+    block = {"BLOCK_V": config.block_v, "TILES": config.tiles, "num_warps": config.num_warps}
     stride_b, stride_t, T = row_strides(logits)
     out_stride_b, out_stride_t, out_T = row_strides(dlogits)
+    strides = (stride_b, stride_t, out_stride_b, out_stride_t, T, out_T)
+    arguments = (logits, dlogits, *tokens, *given, *scores, *cotangents, *strides)
+    options = {"V": V, "log_vocab": math.log(V), **transform, **numbers, **structure, **block}
     with on_device(logits):
-        _fused_kernel[(num_rows(logits),)](
-            logits, dlogits, ids, as_bytes(mask), rows, temperature, advantages, weights, entropy_weights, old, ref,
-            rollout, policy_weights, logp, entropy, row_max, log_sum, dlogp, dentropy,
-            stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, math.log(V),
-            **transform, **numbers, **structure, BLOCK_V=config.block_v, num_warps=config.num_warps,
-        )  # fmt: skip
+        if few_rows(count, arch):
+            parts = tile_statistics_of_rows(logits, *tokens, config, **transform)
+            _parts_to_cotangents_kernel[(count,)](
+                parts, *tokens, *given, *scores, *cotangents, V, math.log(V), transform["factor"],
+                **numbers, **structure, **block,
+            )  # fmt: skip
+            logprob_bwd(logits, dlogits, ids, mask, rows, temperature, *scores, *cotangents, **transform)
+        elif takes_tickets(V, logits.element_size(), arch, transform["softcap"] is not None):
+            launch_by_ticket(*arguments, **options)
+        else:
+            _fused_kernel[(count,)](*arguments, **options)

@@ -9,16 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .row_gradient import write_tile_gradient, write_zeros
 from .softmax import (
+    LOG2E,
     is_valid,
+    load_target,
+    load_tile,
     row_factor,
+    row_scores,
     row_start,
     row_statistics,
+    target_logit,
+    tile_statistics,
     token_of_row,
-    write_row_gradient,
-    write_zero_row,
 )
-from .tune import PER_ROW, on_device, row_config
+from .tune import PER_ROW, RowConfig, architecture, few_rows, on_device, row_config, tile_config
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=PER_ROW)
@@ -30,25 +35,100 @@ def _logprob_fwd_kernel(
     T, V,
 
     log_vocab, factor, softcap, inner,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One row per program, 2V bytes read (bf16), 16 bytes written. A masked row reads nothing and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
     n = token_of_row(i, rows_ptr)
+    m = tl.full((), 0.0, tl.float32)
+    log_s, entropy, logp = m, m, m
     if is_valid(mask_ptr, n):
         f = row_factor(factor, temperature_ptr, n)
         row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
-        target = tl.load(ids_ptr + n)
-        _, m, log_s, entropy, logp = row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, False, BLOCK_V)
-        tl.store(logp_ptr + n, logp)
-        tl.store(entropy_ptr + n, entropy)
-        tl.store(max_ptr + n, m)
-        tl.store(log_sum_ptr + n, log_s)
-    else:
-        tl.store(logp_ptr + n, 0.0)
-        tl.store(entropy_ptr + n, 0.0)
-        tl.store(max_ptr + n, 0.0)
-        tl.store(log_sum_ptr + n, 0.0)
+        target = load_target(ids_ptr, n, V)
+        _, m, log_s, entropy, logp = row_statistics(
+            row_ptr, target, V, log_vocab, f, softcap, inner, False, BLOCK_V, TILES
+        )
+    store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
+
+
+@triton.jit
+def store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s):
+    """The four numbers of token n."""
+    tl.store(logp_ptr + n, logp)
+    tl.store(entropy_ptr + n, entropy)
+    tl.store(max_ptr + n, m)
+    tl.store(log_sum_ptr + n, log_s)
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=PER_ROW)
+def _tile_statistics_kernel(
+    logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, parts_ptr,
+
+    stride_b, stride_t,
+
+    T, V,
+
+    factor, softcap, inner,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One tile of a row per program: its m, s and q to `parts` (n, 4, TILES), whose last plane begins with the target's
+    logit. 2 bytes read per logit (bf16), 12 written per tile."""
+    tiles = tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    i, j = (pid // tiles).to(tl.int64), pid % tiles
+    n = token_of_row(i, rows_ptr)
+    if is_valid(mask_ptr, n):
+        f = row_factor(factor, temperature_ptr, n)
+        row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+        target = load_target(ids_ptr, n, V)
+        store_part(row_ptr, parts_ptr + i * 4 * TILES, j, target, V, f, softcap, inner, BLOCK_V, TILES)
+
+
+@triton.jit
+def store_part(row_ptr, part_ptr, j, target, V, f, softcap, inner, BLOCK_V: tl.constexpr, TILES: tl.constexpr):
+    """Store the statistics of tile j; the first tile adds the target's logit. Returns the tile as loaded."""
+    x, u = load_tile(row_ptr, j * BLOCK_V, target, V, softcap, inner, "evict_first", BLOCK_V)
+    m, s, q = tile_statistics(u, f * LOG2E)
+    tl.store(part_ptr + j, m)
+    tl.store(part_ptr + TILES + j, s)
+    tl.store(part_ptr + 2 * TILES + j, q)
+    if j == 0:
+        tl.store(part_ptr + 3 * TILES, target_logit(row_ptr, target, softcap, inner))
+    return x
+
+
+@triton.jit
+def scores_of_parts(part_ptr, target, V, log_vocab, f, BLOCK_V: tl.constexpr, TILES: tl.constexpr):
+    """(m, log s, entropy, logp) of a row from what `store_part` left, past the first-level cache, which may be old."""
+    lane = tl.arange(0, TILES)
+    there = lane < tl.cdiv(V, BLOCK_V)
+    ms = tl.load(part_ptr + lane, mask=there, other=float("-inf"), cache_modifier=".cg")
+    ss = tl.load(part_ptr + TILES + lane, mask=there, other=0.0, cache_modifier=".cg")
+    qs = tl.load(part_ptr + 2 * TILES + lane, mask=there, other=0.0, cache_modifier=".cg")
+    chosen = tl.load(part_ptr + 3 * TILES, cache_modifier=".cg")
+    return row_scores(ms, ss, qs, chosen, target, log_vocab, f)
+
+
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
+def _parts_to_scores_kernel(
+    parts_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
+
+    V,
+
+    log_vocab, factor,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One row per program: 12 bytes read per tile, 16 written. The same bits as `_logprob_fwd_kernel`."""
+    i = tl.program_id(0).to(tl.int64)
+    n = token_of_row(i, rows_ptr)
+    m = tl.full((), 0.0, tl.float32)
+    log_s, entropy, logp = m, m, m
+    if is_valid(mask_ptr, n):
+        f = row_factor(factor, temperature_ptr, n)
+        target = load_target(ids_ptr, n, V)
+        m, log_s, entropy, logp = scores_of_parts(parts_ptr + i * 4 * TILES, target, V, log_vocab, f, BLOCK_V, TILES)
+    store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
 
 
 @triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
@@ -63,9 +143,11 @@ def _logprob_bwd_kernel(
     factor, softcap, inner,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: 2V bytes read and 2V written (bf16); a masked row, or one whose cotangents are both zero,
-    only writes its zeros."""
-    i = tl.program_id(0).to(tl.int64)
+    """One tile of a row per program, since nothing is added up: 2 bytes read and 2 written per logit (bf16); a tile of
+    a masked row, or of one whose cotangents are both zero, only writes its zeros."""
+    tiles = tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    i, start = (pid // tiles).to(tl.int64), pid % tiles * BLOCK_V
     n = token_of_row(i, rows_ptr)
     out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
     live = is_valid(mask_ptr, n)
@@ -84,10 +166,12 @@ def _logprob_bwd_kernel(
         f = row_factor(factor, temperature_ptr, n)
         row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
         m, log_s, entropy = tl.load(max_ptr + n), tl.load(log_sum_ptr + n), tl.load(entropy_ptr + n)
-        target = tl.load(ids_ptr + n)
-        write_row_gradient(None, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
+        target = load_target(ids_ptr, n, V)
+        write_tile_gradient(
+            row_ptr, out_ptr, start, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V
+        )
     else:
-        write_zero_row(out_ptr, V, BLOCK_V)
+        write_zeros(out_ptr, start, V, BLOCK_V)
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -121,16 +205,46 @@ def logprob_fwd(
     inner: float,
 ) -> None:
     """log-prob of the target, entropy, row maximum and log of the shifted sum of exponentials, for each row."""
-    if num_rows(logits) == 0:
+    count, V, arch = num_rows(logits), logits.shape[-1], architecture(logits.device)
+    if count == 0:
         return
-    V = logits.shape[-1]
-    config = row_config(V, softcap is not None)
-    stride_b, stride_t, T = row_strides(logits)
+    config = row_config(V, logits.element_size(), arch, softcap is not None)
+    block = {"BLOCK_V": config.block_v, "TILES": config.tiles}
+    tokens = (ids, as_bytes(mask), rows, temperature)
+    scores = (logp, entropy, row_max, log_sum)
     with on_device(logits):
-        _logprob_fwd_kernel[(num_rows(logits),)](
-            logits, ids, as_bytes(mask), rows, temperature, logp, entropy, row_max, log_sum,
-            stride_b, stride_t, T, V, math.log(V), factor, softcap, inner, config.block_v, num_warps=config.num_warps,
-        )  # fmt: skip
+        if not few_rows(count, arch):
+            _logprob_fwd_kernel[(count,)](
+                logits, *tokens, *scores, *row_strides(logits), V, math.log(V), factor, softcap, inner,
+                **block, num_warps=config.num_warps,
+            )  # fmt: skip
+            return
+        parts = tile_statistics_of_rows(logits, *tokens, config, factor=factor, softcap=softcap, inner=inner)
+        _parts_to_scores_kernel[(count,)](
+            parts, *tokens, *scores, V, math.log(V), factor, **block, num_warps=config.num_warps
+        )
+
+
+def tile_statistics_of_rows(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    config: RowConfig,
+    *,
+    factor: float,
+    softcap: float | None,
+    inner: float,
+) -> Tensor:
+    """(n, 4, TILES) fp32: m, s and q of every tile, each by a program of its own, and the target's logit."""
+    count, V = num_rows(logits), logits.shape[-1]
+    parts = torch.empty((count, 4, config.tiles), dtype=torch.float32, device=logits.device)
+    _tile_statistics_kernel[(count * triton.cdiv(V, config.block_v),)](
+        logits, ids, mask, rows, temperature, parts, *row_strides(logits), V, factor, softcap, inner,
+        BLOCK_V=config.block_v, TILES=config.tiles, num_warps=config.num_warps,
+    )  # fmt: skip
+    return parts
 
 
 def logprob_bwd(
@@ -152,14 +266,14 @@ def logprob_bwd(
     inner: float,
 ) -> None:
     """Write d(Σ dlogp·logp + dentropy·entropy)/dlogits."""
-    if num_rows(logits) == 0:
+    count, V = num_rows(logits), logits.shape[-1]
+    if count == 0:
         return
-    V = logits.shape[-1]
-    config = row_config(V, softcap is not None)
+    config = tile_config(V, architecture(logits.device), softcap is not None)
     stride_b, stride_t, T = row_strides(logits)
     out_stride_b, out_stride_t, out_T = row_strides(dlogits)
     with on_device(logits):
-        _logprob_bwd_kernel[(num_rows(logits),)](
+        _logprob_bwd_kernel[(count * triton.cdiv(V, config.block_v),)](
             logits, dlogits, ids, as_bytes(mask), rows, temperature, logp, entropy, row_max, log_sum, dlogp, dentropy,
             stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, factor, softcap, inner,
             config.block_v, num_warps=config.num_warps,

@@ -1,7 +1,10 @@
-"""Device functions over one row of logits: the transform, the online statistics, the gradient of a tile. Each once.
+"""Device functions over one row of logits: the transform and the statistics. Each once.
 
-With u the transformed logit and f the factor on it, z = f·u is what softmax sees. Statistics are kept relative to the
-row maximum m in units of u, so that z − max z = f·(u − m) has no cancellation at large logits:
+The unit of arithmetic is the tile: each gives its statistics by itself, and a row puts those of its tiles side by side
+and adds them up in one step. So one program may take a whole row or several programs its tiles, with the same bits.
+
+With u the transformed logit and f the factor on it, z = f·u is what softmax sees. Statistics are kept relative to a
+maximum m in units of u, so that z − max z = f·(u − m) has no cancellation at large logits:
     s = Σ exp(f(u − m)),   q = Σ exp(f(u − m))·f(u − m)
     logp_t = f(u_t − m) − log s,   H = log s − q / s
 The target joins last: where it is the maximum, log s = log1p(Σ of the others) keeps the log-prob of a confident token,
@@ -53,8 +56,10 @@ def transform(x, softcap, inner):
 
 @triton.jit
 def row_start(i, T, stride_b, stride_t):
-    """Offset of row i of a (B, T, V) tensor with any strides; i is int64."""
-    return (i // T) * stride_b + (i % T) * stride_t
+    """Offset of row i of a (B, T, V) tensor with any strides; i is int64, but a grid has fewer than 2³¹ rows: the
+    division is of 32 bits, the products of 64."""
+    row = i.to(tl.int32)
+    return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
 
 
 @triton.jit
@@ -76,6 +81,13 @@ def is_valid(mask_ptr, n):
 
 
 @triton.jit
+def load_target(ids_ptr, n, V):
+    """The id that token n scores, as 32 bits; -1 for one outside the vocabulary."""
+    target = tl.load(ids_ptr + n)
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
+@triton.jit
 def row_factor(factor, temperature_ptr, n):
     """f of token n; a scalar temperature is inside `factor` already."""
     if temperature_ptr is not None:
@@ -87,21 +99,27 @@ def row_factor(factor, temperature_ptr, n):
 def decayed(new, m, s, q, k):
     """(what to subtract from logits, s, q) relative to the maximum `new` instead of m; nothing seen stays 0."""
     safe = tl.where(new == float("-inf"), 0.0, new)
-    first = m == float("-inf")
-    shift = tl.where(first, 0.0, (m - safe) * k)
-    decay = tl.where(first, 0.0, tl.exp2(shift))
+    shift = tl.where(m == float("-inf"), 0.0, (m - safe) * k)
+    decay = tl.exp2(shift)
     return safe, decay * s, decay * (q + shift * s)
 
 
 @triton.jit
-def online_step(u, m, s, q, k):
-    """Take a tile into the running statistics (m, s, q/ln 2), with k = f·log2 e so that every exponent is one product.
-    -inf adds nothing, also when all seen so far is -inf."""
-    new = tl.maximum(m, tl.max(u, 0))
-    safe, s, q = decayed(new, m, s, q, k)
-    d = (u - safe) * k
+def tile_statistics(u, k):
+    """(m, s, q/ln 2) of one tile by itself, with k = f·log2 e so that every exponent is one product. A tile of -inf
+    alone has m = -inf and adds nothing."""
+    m = tl.max(u, 0)
+    d = (u - tl.where(m == float("-inf"), 0.0, m)) * k
     e = tl.exp2(d)
-    return new, s + tl.sum(e, 0), q + tl.sum(tl.where(u == float("-inf"), 0.0, e * d), 0)
+    return m, tl.sum(e, 0), tl.sum(tl.where(d == float("-inf"), 0.0, e * d), 0)
+
+
+@triton.jit
+def tiles_together(ms, ss, qs, k):
+    """(m, s, q/ln 2) of a row from those of its tiles, side by side: (TILES,), absent ones -inf, 0, 0."""
+    m = tl.max(ms, 0)
+    _, ss, qs = decayed(m, ms, ss, qs, k)
+    return m, tl.sum(ss, 0), tl.sum(qs, 0)
 
 
 @triton.jit
@@ -137,108 +155,72 @@ def with_target(u, m, s, q, k):
 
 
 @triton.jit
-def row_statistics(row_ptr, target, V, log_vocab, f, softcap, inner, KEEP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(last tile, m, log s, entropy, logp) of a row in one read: the masked tail, then the full tiles from the left.
-
-    logp, the target's log-prob, is at most 0, and NaN for an id outside the vocabulary, whose memory is never touched.
-
-    The last tile read is the last full one, or the tail of a row shorter than a tile; it comes back as loaded, for
-    `write_row_gradient` to begin with. KEEP: ask the cache to hold the row for a second sweep, else to let it go.
-    """
-    hint: tl.constexpr = "evict_last" if KEEP else "evict_first"
-    offs = tl.arange(0, BLOCK_V)
-    k = f * LOG2E
-    m = tl.full((), float("-inf"), tl.float32)
-    s = tl.full((), 0.0, tl.float32)
-    q = tl.full((), 0.0, tl.float32)
-    x = tl.zeros((BLOCK_V,), row_ptr.dtype.element_ty)
-    full = V // BLOCK_V * BLOCK_V
-    if full < V:
-        tail = full + offs < V
-        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy=hint)
-        x, u = others(x, full, target, softcap, inner, BLOCK_V)
-        m, s, q = online_step(tl.where(tail, u, float("-inf")), m, s, q, k)
-    for start in range(0, full, BLOCK_V):
-        x = tl.load(row_ptr + start + offs, eviction_policy=hint)
+def load_tile(row_ptr, start, target, V, softcap, inner, HINT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """`others` of the tile at `start`; columns beyond the vocabulary are -inf. Without a mask where the tile is full,
+    so that its accesses are 16 bytes wide whatever V is."""
+    offs = start + tl.arange(0, BLOCK_V)
+    if start + BLOCK_V <= V:
+        x = tl.load(row_ptr + offs, eviction_policy=HINT)
         x, u = others(x, start, target, softcap, inner, BLOCK_V)
-        m, s, q = online_step(u, m, s, q, k)
-    inside = (target >= 0) & (target < V)
-    chosen = transform(tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32), softcap, inner)
-    chosen = tl.where(inside, chosen, float("-inf"))
+    else:
+        x = tl.load(row_ptr + offs, mask=offs < V, other=0.0, eviction_policy=HINT)
+        x, u = others(x, start, target, softcap, inner, BLOCK_V)
+        u = tl.where(offs < V, u, float("-inf"))
+    return x, u
+
+
+@triton.jit
+def target_logit(row_ptr, target, softcap, inner):
+    """The target's transformed logit; -inf for an id outside the vocabulary, whose memory is never touched."""
+    u = transform(tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, inner)
+    return tl.where(target >= 0, u, float("-inf"))
+
+
+@triton.jit
+def row_scores(ms, ss, qs, chosen, target, log_vocab, f):
+    """(m, log s, entropy, logp) of a row from the statistics of its tiles and the target's logit `chosen`.
+
+    logp, the target's log-prob, is at most 0, and NaN for an id outside the vocabulary.
+    """
+    k = f * LOG2E
+    m, s, q = tiles_together(ms, ss, qs, k)
     m, log_s, mean = with_target(chosen, m, s, q, k)
     entropy = log_s - mean
     entropy = tl.where(entropy < 0, 0.0, tl.where(entropy > log_vocab, log_vocab, entropy))
     logp = (chosen - m) * f - log_s
     logp = tl.where(logp > 0, 0.0, logp)
-    return x, m, log_s, entropy, tl.where(inside, logp, float("nan"))
+    return m, log_s, entropy, tl.where(target >= 0, logp, float("nan"))
 
 
 @triton.jit
-def target_gradient(logp, entropy, c, e, f):
-    """The same for the target, from its log-prob: f·(c(1 − p) − e·p(log p + H)), whose 1 − p keeps its digits."""
-    g = c * one_minus_exp(logp)
-    if e is not None:
-        g -= e * tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * (logp + entropy))
-    return g * f
-
-
-@triton.jit
-def tile_gradient(x, start, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr):
-    """d(c·logp + e·H)/dx of a tile: f·(c(1[j = target] − p) − e·p(log p + H)), times the softcap's slope, in fp32.
-
-    `own` is the target's, without the slope; `e` is None when nothing flows into the entropy.
-    """
-    u = transform(x, softcap, inner)
-    log2_p = (u - m) * (f * LOG2E) - log_s * LOG2E
-    p = tl.exp2(log2_p)
-    g = -(c * f) * p
-    if e is not None:
-        e2 = e * f * LN2
-        g -= tl.where(u == float("-inf"), 0.0, p * (e2 * (log2_p + entropy * LOG2E)))
-    if (target >= start) & (target < start + BLOCK_V):
-        g = tl.where(start + tl.arange(0, BLOCK_V) == target, own, g)
-    if softcap is not None:
-        t = u / softcap
-        g = g * (inner * softcap) * (1.0 - t * t)
-    return g
-
-
-@triton.jit
-def write_row_gradient(
-    last, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V: tl.constexpr
+def row_statistics(
+    row_ptr, target, V, log_vocab, f, softcap, inner,
+    KEEP: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Second sweep over a row, in the reverse order of the first (what was read last is the likeliest to be in cache),
-    rounding once at the store. `last` is the tile that `row_statistics` kept, or None: then it is read as well."""
-    offs = tl.arange(0, BLOCK_V)
-    full = V // BLOCK_V * BLOCK_V
-    own = target_gradient(logp, entropy, c, e, f)
-    todo = full
-    if last is not None:
-        todo = tl.maximum(full - BLOCK_V, 0)
-        g = tile_gradient(last.to(tl.float32), todo, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + todo + offs, g.to(out_ptr.dtype.element_ty), mask=todo + offs < V, cache_modifier=".cs")
-    for back in range(BLOCK_V, todo + BLOCK_V, BLOCK_V):
-        start = todo - back
-        x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
-        g = tile_gradient(x, start, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), cache_modifier=".cs")
-    unread = full < V
-    if last is not None:
-        unread = unread & (full > 0)
-    if unread:
-        tail = full + offs < V
-        x = tl.load(row_ptr + full + offs, mask=tail, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        g = tile_gradient(x, full, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
-        tl.store(out_ptr + full + offs, g.to(out_ptr.dtype.element_ty), mask=tail, cache_modifier=".cs")
+    """(last tile, m, log s, entropy, logp) of a row in one read: the tail first, then the full tiles from the left.
 
-
-@triton.jit
-def write_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
-    """A row without gradient: zeros, and nothing read."""
-    zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
-    offs = tl.arange(0, BLOCK_V)
+    The last tile read is the last full one, or the tail of a row shorter than a tile; it comes back as loaded, for
+    `write_row_gradient` to begin with. KEEP: ask the cache to hold the row for a second sweep, else to let it go.
+    """
+    hint: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    k = f * LOG2E
+    lane = tl.arange(0, TILES)
+    ms = tl.full((TILES,), float("-inf"), tl.float32)
+    ss = tl.full((TILES,), 0.0, tl.float32)
+    qs = tl.full((TILES,), 0.0, tl.float32)
+    x = tl.zeros((BLOCK_V,), row_ptr.dtype.element_ty)
     full = V // BLOCK_V * BLOCK_V
-    for start in range(0, full, BLOCK_V):
-        tl.store(out_ptr + start + offs, zeros, cache_modifier=".cs")
     if full < V:
-        tl.store(out_ptr + full + offs, zeros, mask=full + offs < V, cache_modifier=".cs")
+        x, u = load_tile(row_ptr, full, target, V, softcap, inner, hint, BLOCK_V)
+        m, s, q = tile_statistics(u, k)
+        here = lane == full // BLOCK_V
+        ms, ss, qs = tl.where(here, m, ms), tl.where(here, s, ss), tl.where(here, q, qs)
+    for start in range(0, full, BLOCK_V):
+        x = tl.load(row_ptr + start + tl.arange(0, BLOCK_V), eviction_policy=hint)
+        x, u = others(x, start, target, softcap, inner, BLOCK_V)
+        m, s, q = tile_statistics(u, k)
+        here = lane == start // BLOCK_V
+        ms, ss, qs = tl.where(here, m, ms), tl.where(here, s, ss), tl.where(here, q, qs)
+    chosen = target_logit(row_ptr, target, softcap, inner)
+    m, log_s, entropy, logp = row_scores(ms, ss, qs, chosen, target, log_vocab, f)
+    return x, m, log_s, entropy, logp

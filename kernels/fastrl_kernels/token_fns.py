@@ -1,5 +1,5 @@
 """What a token adds to the loss, from its own numbers and those of its sequence: inlined by the token kernel and by the
-one-pass kernel."""
+one-pass kernels."""
 
 import triton
 import triton.language as tl
@@ -57,3 +57,47 @@ def token_terms(
             dlogp += kl_coef * slope
             held = held | kl_held
     return loss, tl.where(passes, dx, 0.0), dlogp, value, ratio, held, low_flag, high_flag, dual
+
+
+@triton.jit
+def logp_cotangent(
+    logp, n,
+    advantages_ptr, weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
+    low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3,
+    lower, upper, reject_lower, reject_upper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr,
+):  # fmt: skip
+    """d(w·ℓ)/dlogp of token n, a token that counts; NaN where its log-prob is."""
+    old, gap = logp, nothing(logp)
+    if old_ptr is not None:
+        old = tl.load(old_ptr + n)
+        gap = logp - old
+    ref = None
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + n)
+    advantage, weight = tl.load(advantages_ptr + n), tl.load(weights_ptr + n)
+    scale = None
+    if CORRECTION != "off":
+        rollout = tl.load(rollout_ptr + n)
+        scale, rejected = token_rollout_weight(
+            old, rollout, bound, lower, upper, reject_lower, reject_upper, CORRECTION, MODE, REJECT, "token"
+        )
+        scale = tl.where(rejected, 0.0, scale)
+    elif policy_weights_ptr is not None:
+        scale = tl.load(policy_weights_ptr + n)
+    _, dratio, dlogp, _, _, _, _, _, _ = token_terms(
+        logp, old, gap, advantage, ref, scale, None, None,
+        low, high, delta, dual_clip, bound, kl_coef, kl_clamp, p0, p1, p2, p3, OBJECTIVE, KL, KL_GRADIENT,
+    )  # fmt: skip
+    return tl.where(logp == logp, weight * (dratio + dlogp), float("nan"))
+
+
+@triton.jit
+def entropy_cotangent(valid, n, weights_ptr, entropy_weights_ptr, entropy_coef):
+    """d(−w·entropy_coef·H)/dH of token n."""
+    if entropy_weights_ptr is not None:
+        weight = tl.load(entropy_weights_ptr + n, mask=valid, other=0.0)
+    else:
+        weight = tl.load(weights_ptr + n, mask=valid, other=0.0)
+    return -entropy_coef * weight

@@ -1,8 +1,10 @@
-"""Launch configurations: frozen data, chosen by pure functions of what stays fixed over a run (V, dtype, never N)."""
+"""Launch configurations: frozen data, chosen by pure functions of what stays fixed over a run (V, dtype, architecture;
+never N). How many programs share a row may depend on N, since it changes no bit: see `few_rows`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,34 @@ compile another variant."""
 
 
 @dataclass(frozen=True)
+class Chip:
+    """What the heuristics read of an architecture."""
+
+    multiprocessors: int
+    cache_bytes: int
+    """The last cache before the memory."""
+    warp_size: int = 32
+    resident_threads: int = 1024
+    """Of one multiprocessor, by the 64 registers that a thread of the one-pass kernel takes."""
+
+
+CHIPS = {
+    "sm_80": Chip(multiprocessors=108, cache_bytes=40 * 2**20),
+    "sm_90": Chip(multiprocessors=132, cache_bytes=50 * 2**20),
+    "sm_100": Chip(multiprocessors=148, cache_bytes=126 * 2**20),
+    "gfx942": Chip(multiprocessors=304, cache_bytes=256 * 2**20, warp_size=64),
+}
+"""By architecture and never as the device reports itself: two kinds of H100 must sum a row in the same order."""
+
+
+@dataclass(frozen=True)
 class RowConfig:
-    """One program per row, `block_v` columns at a time."""
+    """Tiles of `block_v` columns by programs of `num_warps` warps; `tiles` of them, rounded up to a power of two, make
+    a row."""
 
     block_v: int
     num_warps: int
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,16 +60,41 @@ class TokenConfig:
     block_p: int = 64
 
 
-def row_config(vocab_size: int, softcap: bool = False, warp_size: int = 0) -> RowConfig:
+def row_config(vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = False) -> RowConfig:
     """Row kernels: 16 fp32 values per thread (8 with a softcap, whose tanh takes the registers), the whole row in one
     tile when it is short.
 
-    The same for scoring and for the fused gradient, so that both sum a row in the same order and give the same bits.
-    `warp_size` is the running device's unless given (64 on AMD's CDNA).
+    A program of 256 threads, or of more where so many rows in flight would not stay in the cache between the two sweeps
+    of the one-pass kernel; a row in flight holds half of its bytes on average. The same for every kernel that sums a
+    row, so that scoring and training give the same bits. An unknown architecture takes the small program.
     """
-    block_v = min(2048 if softcap else 4096, max(16, triton.next_power_of_2(vocab_size)))
-    threads = block_v // (8 if softcap else 16)
-    return RowConfig(block_v, num_warps=max(1, threads // (warp_size or _warp_size())))
+    chip = CHIPS.get(arch)
+    threads = 256
+    while chip and threads < 1024 and not _stay_in_cache(chip, threads, vocab_size * dtype_bytes):
+        threads *= 2
+    per_thread = 8 if softcap else 16
+    block_v = min(threads * per_thread, max(16, triton.next_power_of_2(vocab_size)))
+    tiles = triton.next_power_of_2(triton.cdiv(vocab_size, block_v))
+    return RowConfig(block_v, max(1, block_v // per_thread // warp_size(arch)), tiles)
+
+
+def _stay_in_cache(chip: Chip, threads: int, row_bytes: int) -> bool:
+    rows = chip.multiprocessors * (chip.resident_threads // threads)
+    return rows * row_bytes / 2 <= 0.8 * chip.cache_bytes
+
+
+def tile_config(vocab_size: int, arch: str, softcap: bool = False) -> RowConfig:
+    """The gradient alone, which adds nothing up: one small program per tile, whatever the row's tiles are."""
+    return row_config(vocab_size, 0, arch, softcap)
+
+
+def warp_size(arch: str) -> int:
+    return CHIPS[arch].warp_size if arch in CHIPS else 32
+
+
+def few_rows(rows: int, arch: str) -> bool:
+    """Whether so few rows leave multiprocessors idle that the tiles of a row should be programs of their own."""
+    return rows < (CHIPS[arch].multiprocessors if arch in CHIPS else 0)
 
 
 def token_config(by_sequence: bool = False) -> TokenConfig:
@@ -52,8 +102,18 @@ def token_config(by_sequence: bool = False) -> TokenConfig:
     return TokenConfig(block_n=1024, num_warps=16) if by_sequence else TokenConfig(block_n=256, num_warps=4)
 
 
-def _warp_size() -> int:
-    return 64 if torch.version.hip else 32
+def architecture(device: torch.device) -> str:
+    """The key of `CHIPS` for a device, or what it calls itself; "interpreter" on the CPU."""
+    return _architecture(device.index or 0) if device.type == "cuda" else "interpreter"
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    family = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major >= 10 else "")
+    return family or f"sm_{properties.major}{properties.minor}"
 
 
 def on_device(tensor: torch.Tensor) -> Any:

@@ -23,20 +23,42 @@ import pytest
 
 FOLDER = Path(sys.prefix) / "peers"
 _STOOD_IN = {"ray", "orjson", "codetiming", "deepspeed"}
+# What their trainers import beside it, where it is not installed.
+_STOOD_IN_IF_ABSENT = {
+    "aiohttp", "cachetools", "fastapi", "flash_attn", "hydra", "msgspec", "peft", "pylatexenc", "torchdata", "uvicorn", "vllm",
+    "wandb", "zmq",
+}  # fmt: skip
+
+
+def _attribute(name: str) -> object:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _remote if name == "remote" else _AnyClass(name, (), {})
+
+
+def _remote(*decorated, **options):
+    """`ray.remote` as a decorator, with and without options, that changes nothing."""
+    return decorated[0] if decorated else lambda x: x
+
+
+class _AnyClass(type):
+    def __getattr__(cls, name: str) -> object:
+        return _attribute(name)
 
 
 class _StandIn(types.ModuleType):
     """A module whose every public name is an empty class."""
 
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
+    def __getattr__(self, name: str) -> object:
+        return _attribute(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in _STOOD_IN:
+        if name.split(".")[0] in self.names:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -50,9 +72,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextlib.contextmanager
 def _loading() -> Iterator[None]:
     """The peers' folder on the path and the stand-ins importable; afterwards nobody else can see either."""
-    absent = {name for name in _STOOD_IN if name not in sys.modules}
-    finder = _Finder()
+    absent = {name for name in _STOOD_IN | _STOOD_IN_IF_ABSENT if name not in sys.modules}
+    finder, last = _Finder(_STOOD_IN), _Finder(_STOOD_IN_IF_ABSENT)
     sys.meta_path.insert(0, finder)
+    sys.meta_path.append(last)
     sys.path.insert(0, str(FOLDER))
     try:
         with warnings.catch_warnings():
@@ -61,8 +84,10 @@ def _loading() -> Iterator[None]:
     finally:
         sys.path.remove(str(FOLDER))
         sys.meta_path.remove(finder)
+        sys.meta_path.remove(last)
         for name in [name for name in sys.modules if name.split(".")[0] in absent]:
-            del sys.modules[name]
+            if isinstance(sys.modules[name], _StandIn):
+                del sys.modules[name]
 
 
 def _need(package: str) -> None:
@@ -97,4 +122,26 @@ def openrlhf() -> types.SimpleNamespace:
         return types.SimpleNamespace(
             loss=importlib.import_module("openrlhf_models.loss"),
             utils=importlib.import_module("openrlhf_models.utils"),
+        )
+
+
+@functools.cache
+def verl_trainer() -> types.ModuleType:
+    """The module of verl's trainer, which computes the advantages."""
+    verl()
+    with _loading():
+        return importlib.import_module("verl.trainer.ppo.ray_trainer")
+
+
+@functools.cache
+def openrlhf_trainers() -> types.SimpleNamespace:
+    """OpenRLHF's package itself, with the trainers that build its losses."""
+    _need("openrlhf")
+    with _loading():
+        return types.SimpleNamespace(
+            models=importlib.import_module("openrlhf.models"),
+            actor=importlib.import_module("openrlhf.trainer.ray.ppo_actor"),
+            critic=importlib.import_module("openrlhf.trainer.ray.ppo_critic"),
+            reward=importlib.import_module("openrlhf.trainer.rm_trainer"),
+            experience=importlib.import_module("openrlhf.trainer.ppo_utils.experience"),
         )

@@ -235,6 +235,11 @@ for loss_type, (spec, normalizer) in LOSS_TYPES.items():
             )
 CASES |= {
     "clip-higher": Case(trl_loss(loss_type="bnpo", epsilon_high=0.28), {"epsilon_high": 0.28, "log_ratio_clamp": None}),
+    "cispo-cap-below-1": Case(  # TRL's default epsilon, 0.2, is then the cap itself
+        trl_loss(loss_type="cispo"),
+        {"objective": "cispo", "epsilon_low": None, "epsilon_high": 0.2 - 1, "log_ratio_clamp": None},
+        normalizer=_items,
+    ),
     "extreme": Case(trl_loss(loss_type="bnpo"), {"log_ratio_clamp": None}, batch={"extreme": "ratio"}),
     "vespo-extreme": Case(
         trl_loss(loss_type="vespo"),

@@ -1,0 +1,95 @@
+"""SkyRL 0.4: its policy losses under `fastrl_*`, with its signature and its `AlgorithmConfig`.
+
+    fastrl.adapters.skyrl.register(cfg.trainer.algorithm)      # once, before the trainer is built
+    algorithm.policy_loss_type = "fastrl_gspo"
+
+SkyRL folds the loss reduction into the advantages of the mini-batch, so every loss is the plain sum over the mask; KL
+and entropy terms are added by its worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.adapters._batch import no_ids
+from fastrl.adapters._config import fields_of
+from fastrl.adapters._skyrl_config import ALGORITHM, mapped
+from fastrl.adapters._versions import warn_outside
+from fastrl.functional import policy_loss
+from fastrl.metrics import Metrics
+from fastrl.rollouts import Rollouts
+
+TYPES = (
+    "regular", "dual_clip", "gspo", "cispo", "sapo", "rollout_is", "importance_sampling", "dppo", "clip_cov", "kl_cov",
+)  # fmt: skip
+"""The loss types that `register` offers, each as "fastrl_" + type. SkyRL's "cross_entropy" reads no rollouts."""
+
+
+def policy_loss_fn(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    *,
+    loss_type: str = "regular",
+) -> tuple[Tensor, dict[str, float]]:
+    """SkyRL's signature: (B, T) tensors -> (Σ over the mask, metrics), with the advantages as SkyRL has scaled them.
+
+    dppo has SkyRL's gradient, with −min(r, e²⁰)·A·log π as its value. clip_cov draws other tokens, as many of the same
+    candidates.
+
+    Metrics: clip_ratio where SkyRL's is that of clipped tokens by the sign of A (regular, dual_clip, gspo, dppo) or of
+    dropped ones (rollout_is), cispo/ratio_mean, _max, _min; fastrl's own under fastrl/.
+
+    Raises:
+        ValueError: a field of `config` that is not honoured or not known, named.
+    """
+    spec, anchor = mapped(loss_type, config)
+    if loss_type == "clip_cov":  # drawn from torch's own generator, as SkyRL draws its tokens
+        spec = spec.replace(seed=int(torch.randint(2**31, ())))
+    if rollout_logprobs is None:
+        if loss_type == "rollout_is" or (loss_type == "cispo" and anchor == "rollout"):
+            ALGORITHM.refuse("rollout_logprobs", None, "let the generator return log-probs")
+        spec, anchor = spec.replace(rollout=None), "old"  # SkyRL corrects nothing then
+    old = {"old": old_log_probs, "rollout": rollout_logprobs, None: None}[anchor]
+    rollouts = Rollouts(no_ids(log_probs), loss_mask, advantages, old_logps=old, rollout_logps=rollout_logprobs)
+    out = policy_loss(log_probs, rollouts, spec)
+    return out.loss, _metrics(out.metrics, loss_type)
+
+
+def _metrics(metrics: Metrics, loss_type: str) -> dict[str, float]:
+    values = metrics.to_floats()
+    named = {f"fastrl/{name}": value for name, value in values.items()}
+    if loss_type in ("regular", "dual_clip", "gspo", "dppo"):
+        named["clip_ratio"] = values["clip_fraction"]
+    elif loss_type == "rollout_is":
+        named["clip_ratio"] = values["rollout_rejected_fraction"]
+    elif loss_type == "cispo":
+        named |= {f"cispo/ratio_{x}": values[f"ratio_{x}"] for x in ("mean", "max", "min")}
+    return named
+
+
+def register(algorithm: Any = None) -> tuple[str, ...]:
+    """Register every loss of `TYPES` with SkyRL's `PolicyLossRegistry`; returns their names.
+
+    With SkyRL's `AlgorithmConfig`, what its policy_loss_type does not honour raises here, before training starts.
+
+    Raises:
+        ValueError: a field that is not honoured or not known, named.
+    """
+    warn_outside("skyrl", "0.3", "0.5")
+    chosen = "" if algorithm is None else str(fields_of(algorithm).get("policy_loss_type"))
+    if chosen.startswith("fastrl_"):
+        mapped(chosen.removeprefix("fastrl_"), algorithm)
+    registry = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils").PolicyLossRegistry
+    names = tuple(f"fastrl_{loss_type}" for loss_type in TYPES)
+    for name, loss_type in zip(names, TYPES, strict=True):
+        registry.register(name, functools.partial(policy_loss_fn, loss_type=loss_type))
+    return names

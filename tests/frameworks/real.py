@@ -1,0 +1,132 @@
+"""The frameworks' own losses and configs, executed from their installed source without the packages around them.
+
+SkyRL, AReaL and torchtitan are installed without dependencies into `<environment>/peers` (see the Makefile). Importing
+them would need Ray, Hydra and the like; instead the definitions that a loss consists of are executed from their files,
+unchanged, in a namespace that holds what those files import.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import enum
+import functools
+import sys
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(sys.prefix) / "peers"
+
+
+def need(package: str) -> None:
+    if not (FOLDER / package).exists():
+        pytest.skip(f"needs {package} in {FOLDER} (`make test` puts it there)", allow_module_level=True)
+
+
+class _Quiet:
+    """A logger or statistics tracker whose every call, also in a `with`, does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: contextlib.nullcontext()
+
+
+def execute(path: str, namespace: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """Execute the classes and functions of one file whose names pass, in order; annotations stay text."""
+    tree = ast.parse((FOLDER / path).read_text())
+    future = ast.parse("from __future__ import annotations").body
+    kept = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and names(n.name)]
+    module = types.ModuleType(f"real_{Path(path).stem}")
+    module.__dict__.update(namespace)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(ast.Module(future + kept, []), str(FOLDER / path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+_COMMON = {
+    "torch": torch, "np": np, "functools": functools, "dataclass": dataclasses.dataclass, "field": dataclasses.field,
+    "Any": Any, "Callable": Callable, "defaultdict": defaultdict, "StrEnum": enum.StrEnum, "Enum": enum.Enum,
+    "logger": _Quiet(), "F": torch.nn.functional, "dist": torch.distributed,
+    **{name: getattr(typing, name) for name in ("Optional", "Union", "List", "Dict", "Tuple", "Literal", "Annotated")},
+}  # fmt: skip
+
+
+@functools.cache
+def skyrl() -> types.SimpleNamespace:
+    """SkyRL 0.4.0: its policy losses, and AlgorithmConfig."""
+    need("skyrl")
+    names = dict(_COMMON) | {"BaseConfig": object}
+    folder = "skyrl/backends/skyrl_train/utils"
+    wanted = {"masked_mean", "safe_exp_delta"}
+    names |= execute(f"{folder}/torch_utils.py", names, wanted.__contains__)
+    names |= execute(f"{folder}/off_policy_correction_utils.py", names)
+    # the registry decorators would start Ray: they leave the functions as they are
+    names["register_policy_loss"] = names["register_advantage_estimator"] = lambda name: lambda f: f
+    skipped = ("Registry", "register_", "sync_registries", "RegistryActor")
+    ours = execute(
+        f"{folder}/ppo_utils.py", names, lambda name: not name.startswith(skipped) and "Registry" not in name
+    )
+    parts = (
+        "KLCtrl",
+        "SAPO",
+        "DynamicSampling",
+        "ClipCov",
+        "KLCov",
+        "CISPO",
+        "DPPO",
+        "OffPolicyCorrection",
+        "Algorithm",
+    )
+    config = execute("skyrl/train/config/config.py", names, {f"{name}Config" for name in parts}.__contains__)
+    names["ray"] = types.SimpleNamespace(is_initialized=lambda: False)  # the registry is then local
+    registries = {"BaseFunctionRegistry", "PolicyLossRegistry"}
+    registry = execute(f"{folder}/ppo_utils.py", names, registries.__contains__)["PolicyLossRegistry"]
+    return types.SimpleNamespace(**ours, PolicyLossRegistry=registry, config=types.SimpleNamespace(**config))
+
+
+@functools.cache
+def areal() -> types.SimpleNamespace:
+    """AReaL 1.0.4: grpo_loss_fn and all that it calls, and RejectionSamplingConfig."""
+    need("areal")
+    names = dict(_COMMON) | {"stats_tracker": _Quiet(), "infer_token_denominator": lambda data, mask: mask}
+    names |= execute("areal/utils/data.py", names, {"KLEstimator"}.__contains__)
+    names |= execute("areal/api/cli_args.py", names, {"RejectionSamplingConfig"}.__contains__)
+    names |= execute("areal/utils/functional/functional.py", names)
+    constants = types.ModuleType("constants")
+    exec((FOLDER / "areal/utils/constants.py").read_text(), constants.__dict__)
+    names |= {key: value for key, value in vars(constants).items() if not key.startswith("__")}
+    functions = execute("areal/trainer/ppo/actor.py", names, lambda name: name[0].islower() or name[0] == "_")
+    return types.SimpleNamespace(**functions)
+
+
+@functools.cache
+def torchtitan() -> types.SimpleNamespace:
+    """torchtitan 0.3.0: DAPOLoss, GRPOLoss and compute_logprobs, on one process."""
+    need("torchtitan")
+
+    class BaseLoss:
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config:
+            pass
+
+    from torch.distributed.tensor import DTensor
+
+    names = dict(_COMMON) | {
+        "BaseLoss": BaseLoss,
+        "DTensor": DTensor,
+        "get_spmd_backend": lambda: None,
+        "IGNORE_INDEX": -100,
+    }
+    names |= execute("torchtitan/components/loss.py", names, {"compute_logprobs", "cross_entropy_loss"}.__contains__)
+    names["_MAX_LOG_RATIO"] = 10.0
+    names |= execute("torchtitan/experiments/rl/losses/dapo.py", names)
+    names |= execute("torchtitan/experiments/rl/losses/grpo.py", names)
+    return types.SimpleNamespace(**names)
