@@ -57,6 +57,60 @@ def test_liger():
     run("liger.md", {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()})
 
 
+def test_liger_does_what_its_page_says():
+    """In place by default, unbounded exponents, NaN for a masked first tile, another luspo."""
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel 0.8.5")
+    pytest.importorskip("triton", reason="needs triton")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids, advantages = torch.full((2, 3), 4, device=device), torch.tensor([1.0, -0.5], device=device)
+
+    def liger(logits, old=None, **options):
+        options = {"temperature": 1.0, "beta": 0.0, "reduce": True, **options}
+        return triton_grpo_loss(logits, old, None, ids, advantages, None, **options)[0]
+
+    for options, kept in (({}, False), ({"inplace": False}, True)):
+        leaf = torch.randn(2, 4, 19, device=device, requires_grad=True)
+        logits = leaf * 1
+        before = logits.detach().clone()
+        liger(logits, **options).backward()
+        assert torch.equal(logits.detach(), before) == kept
+    stale = torch.full((2, 3), -200.0, device=device)
+    logits = torch.randn(2, 4, 19, device=device)
+    assert liger(logits, stale, inplace=False).isinf()
+    rollouts = fastrl.Rollouts(ids, advantages=advantages, old_logps=stale)
+    assert fastrl.policy_loss_from_logits(logits[:, :-1], rollouts, fastrl.DAPO).loss.isfinite()
+    masked = torch.randn(2, 4, 5000, device=device).index_fill_(-1, torch.arange(4096, device=device), -torch.inf)
+    ids = torch.full_like(ids, 4500)
+    assert liger(masked, inplace=False).isnan()
+    rollouts = fastrl.Rollouts(ids, advantages=advantages)
+    assert fastrl.policy_loss_from_logits(masked[:, :-1], rollouts, fastrl.DAPO).loss.isfinite()
+
+    ids = torch.full_like(ids, 4)
+    hidden, weight = torch.randn(2, 3, 8, device=device) / 5, torch.randn(19, 8, device=device)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], device=device)
+    old = torch.randn(2, 3, device=device) / 3 - 3
+    other = old.where(mask.bool(), -1.0)  # another value under the mask
+    for level in ("token", "sequence"):
+        chunked = LigerFusedLinearGRPOLoss(
+            loss_type="luspo", beta=0.0, compiled=False, use_ref_model=False, importance_sampling_level=level,
+            epsilon_low=0.99, epsilon_high=1e6,
+        )  # fmt: skip
+        spec = fastrl.LUSPO.replace(ratio_level=level, epsilon_low=None, epsilon_high=None)
+        both = []
+        for given in (old, other):
+            rollouts = fastrl.Rollouts(ids, mask, advantages, old_logps=given)
+            theirs, _ = chunked(hidden, weight, ids, mask, advantages, old_per_token_logps=given)
+            ours = fastrl.policy_loss_from_hidden(hidden, fastrl.LMHead(weight), rollouts, spec, normalizer=2).loss
+            both.append((theirs, ours))
+        assert torch.equal(both[0][1], both[1][1])
+        assert torch.equal(both[0][0], both[1][0]) == (level == "sequence")
+        if level == "sequence":
+            torch.testing.assert_close(*both[0])
+
+
 def test_troubleshooting(capsys):
     batch = make_batch()
     logits = batch.logits().float()

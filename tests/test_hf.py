@@ -3,6 +3,7 @@ on the whole batch, however the batch is split; what is not honoured is refused 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -30,7 +31,7 @@ from hf_cases import (
 )
 
 import fastrl
-from fastrl.adapters import hf
+from fastrl.adapters import _versions, hf
 from fastrl.adapters.hf import loss as hf_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,9 +47,20 @@ SPECS = {
 SPLIT = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}  # 8 rows: 3, 3 and 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """accelerate collects garbage whenever a training starts; among the objects of all imports it takes 0.2 s."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("path", ["logits", "hidden"])
-@pytest.mark.parametrize("split", [{}, SPLIT], ids=["whole", "accumulated"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [pytest.param(name, SPLIT, id=f"{name}-accumulated") for name in SPECS]
+    + [pytest.param(name, {}, id=f"{name}-whole") for name in ("token-mean", "gspo")],
+)
 def test_one_step_has_the_gradient_of_the_whole_batch(name, split, path, tmp_path):
     spec, rows, model = SPECS[name], logged_rows(), build_model()
     loss, want = whole_batch(model, rows, spec)
@@ -153,6 +165,35 @@ def test_columns_are_kept(tmp_path):
     assert_same(trained_gradients(trainer), want)
     with pytest.raises(ValueError, match="remove_unused_columns"):
         build_trainer("logits", build_model(), rows, fastrl.DAPO, tmp_path, remove_unused_columns=True).train()
+
+
+@pytest.mark.parametrize("path", ["logits", "hidden"])
+def test_rewards_of_whole_groups(path, tmp_path):
+    """Advantages made inside the loss, groups of two kept together, as those of `add_advantages` over the log."""
+    rows = [row | {"rewards": float(i * i % 5), "group_ids": i // 2} for i, row in enumerate(logged_rows(ref=False))]
+    rows = [{key: value for key, value in row.items() if key != "advantages"} for row in rows]
+    model = build_model()
+    _, want = whole_batch(model, hf.add_advantages(rows, fastrl.DAPO), fastrl.DAPO)
+    options = {
+        "data_collator": hf.RolloutCollator(spec=fastrl.DAPO, group_size=2), "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+    }  # fmt: skip
+    assert_same(trained_gradients(build_trainer(path, model, rows, fastrl.DAPO, tmp_path, **options)), want)
+    spec = fastrl.DAPO.replace(advantage_scale="batch")
+    with pytest.raises(ValueError, match="^advantage_scale: "):
+        build_trainer(path, build_model(), rows, spec, tmp_path, **options).train()
+
+
+def test_another_transformers_is_named_once(tmp_path, monkeypatch, caplog):
+    _versions.warn_outside.cache_clear()
+    monkeypatch.setattr(_versions.importlib.metadata, "version", lambda _: "6.1.0")
+    hf.compute_loss_func(fastrl.DAPO)
+    hf.compute_loss_func(fastrl.GRPO)
+    monkeypatch.undo()
+    _versions.warn_outside.cache_clear()
+    hf.compute_loss_func(fastrl.DAPO)  # the installed one is inside
+    ours = [record.getMessage() for record in caplog.records if record.name == "fastrl"]
+    assert len(ours) == 1 and "transformers 6.1.0" in ours[0] and ">=5.23,<5.24" in ours[0]
 
 
 def test_clip_cov_draws_anew_at_every_step():
