@@ -63,7 +63,7 @@ def test_dependencies_point_downwards():
     order = [
         "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
         "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
-        "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "double_backward", "ops", "op_gradients", "calls", "autograd",
+        "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "torch_backend", "triton_backend", "levels", "double_backward", "operators", "ops", "op_gradients", "calls", "autograd",
         "inputs", "functional", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
         "reward_model", "_info",
     ]  # fmt: skip
