@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastrl import ops
+from fastrl import ops  # noqa: F401  # defines the operators
 from fastrl.double_backward import once, refuse_second_derivative
+from fastrl.operators import library
 
 
 def cotangent(gradient: Tensor | None, scores: Tensor) -> Tensor | None:
@@ -38,7 +39,7 @@ def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any
             return *([None] * first), *ctx.others
         return *(once(gradient) for gradient in backward(ctx, *cotangents)), *ctx.others
 
-    torch.library.register_autograd(f"fastrl::{name}", gradients, setup_context=setup_context, lib=ops.library)
+    torch.library.register_autograd(f"fastrl::{name}", gradients, setup_context=setup_context, lib=library)
 
 
 def _nothing(value: Any) -> Any:
@@ -51,7 +52,7 @@ def _refuse(name: str) -> None:
     def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
         refuse_second_derivative()
 
-    torch.library.register_autograd(f"fastrl::{name}", backward, lib=ops.library)
+    torch.library.register_autograd(f"fastrl::{name}", backward, lib=library)
 
 
 def _score_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

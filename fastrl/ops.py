@@ -10,8 +10,7 @@ would only cost time, and below it autograd, which differentiates the specificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,41 +19,13 @@ from fastrl import backend as backends
 from fastrl import levels
 from fastrl.flat import Flat
 from fastrl.metrics import SPARSE_STATISTICS, STATISTICS
+from fastrl.operators import fake, operator
 from fastrl.projection import HiddenOptions
 from fastrl.reference import wide
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import spec_of
 
 Tensors = Sequence[Tensor | None]
-
-library = torch.library.Library("fastrl", "DEF")
-# The hidden level reads row counts on the host, which a CUDA graph cannot hold.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-
-
-def _operator(name: str) -> Callable[[Any], Any]:
-    """Register a function as `fastrl::name` on every device; calls take the operator under torch.compile only.
-
-    Not `torch.library.custom_op`, whose wrapper imports all of dynamo on the first call: over a second and 100 MB.
-    """
-
-    def register(function: Any) -> Any:
-        library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=_TAGS)
-        for device in ("CPU", "CUDA", "XPU"):  # not a composite key, which would stand in for the fake one as well
-            library.impl(name, function, device)
-        operator = getattr(torch.ops.fastrl, name).default
-
-        def call(*args: Any) -> Any:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)
-
-        return call
-
-    return register
-
-
-def _fake(name: str) -> Callable[[Any], Any]:
-    """Register the shapes and dtypes that `fastrl::name` returns."""
-    return torch.library.register_fake(f"fastrl::{name}", lib=library)
 
 
 def pack_scoring(scoring: Scoring) -> tuple[list[Tensor | None], list[float]]:
@@ -82,7 +53,7 @@ def _some(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@_operator("score_logits")
+@operator("score_logits")
 def score_logits(
     logits: Tensor, scoring: Sequence[Tensor | None], numbers: Sequence[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,12 +61,12 @@ def score_logits(
     return _with_rows(levels.logits_score(logits, _scoring(scoring, numbers), backends.load(backend)))
 
 
-@_fake("score_logits")
+@fake("score_logits")
 def _(logits, scoring, numbers, backend):
     return _with_rows(logits.new_empty((4, scoring[0].shape[0]), dtype=wide(logits.dtype)))
 
 
-@_operator("score_logits_grad")
+@operator("score_logits_grad")
 def score_logits_grad(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -112,12 +83,12 @@ def score_logits_grad(
     return out
 
 
-@_fake("score_logits_grad")
+@fake("score_logits_grad")
 def _(logits, scoring, numbers, scores, dlogp, dentropy, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@_operator("token_loss")
+@operator("token_loss")
 def token_loss(
     logps: Tensor,
     entropy: Tensor | None,
@@ -135,7 +106,7 @@ def token_loss(
     return loss, statistics, _some(dlogp, loss), _some(dentropy, loss)
 
 
-@_fake("token_loss")
+@fake("token_loss")
 def _(logps, entropy, flat, sizes, normalizer, spec, grad, entropy_grad, backend):
     sums = logps.new_empty((), dtype=wide(logps.dtype))
     per_token = sums.new_empty(logps.shape if grad else 0)
@@ -158,7 +129,7 @@ def _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, dlogit
     return result.loss, result.statistics, result.scores, *per_token
 
 
-@_operator("logits_loss")
+@operator("logits_loss")
 def logits_loss(
     logits: Tensor,
     scoring: Sequence[Tensor | None],
@@ -178,7 +149,7 @@ def logits_loss(
     return *result, _some(dlogits, logits)
 
 
-@_fake("logits_loss")
+@fake("logits_loss")
 def _(logits, scoring, numbers, flat, sizes, normalizer, spec, grad, entropy_grad, now, backend):
     n = scoring[0].shape[0]
     loss = logits.new_empty((), dtype=wide(logits.dtype))
@@ -202,7 +173,7 @@ def logits_loss_(
     return _logits_loss(logits, scoring, numbers, flat, sizes, normalizer, spec, logits, True, backend)
 
 
-@_operator("score_hidden")
+@operator("score_hidden")
 def score_hidden(
     hidden: Tensor,
     weight: Tensor,
@@ -220,12 +191,12 @@ def score_hidden(
     return _with_rows(scores)
 
 
-@_fake("score_hidden")
+@fake("score_hidden")
 def _(hidden, weight, bias, scoring, numbers, options, backend):
     return _with_rows(hidden.new_empty((4, hidden.shape[0]), dtype=wide(hidden.dtype)))
 
 
-@_operator("score_hidden_grad")
+@operator("score_hidden_grad")
 def score_hidden_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -266,12 +237,12 @@ def _fake_gradients(hidden, weight, bias, needs):
     )
 
 
-@_fake("score_hidden_grad")
+@fake("score_hidden_grad")
 def _(hidden, weight, bias, scoring, numbers, scores, dlogp, dentropy, needs, options, backend):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
-@_operator("hidden_loss")
+@operator("hidden_loss")
 def hidden_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -306,7 +277,7 @@ def hidden_loss(
     return result.loss, result.statistics, result.scores, dhidden, dweight, dbias, scale
 
 
-@_fake("hidden_loss")
+@fake("hidden_loss")
 def _(hidden, weight, bias, scoring, numbers, flat, sizes, normalizer, spec, needs, row_counts, options, backend):
     loss = hidden.new_empty((), dtype=wide(hidden.dtype))
     columns = len(STATISTICS) + (0 if HiddenOptions.of(options).sparse_eps is None else len(SPARSE_STATISTICS))

@@ -67,7 +67,7 @@ def test_dependencies_point_downwards():
         "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
         "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "chunking", "torch_backend",
         "triton_backend", "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "double_backward",
-        "ops", "op_gradients", "calls", "autograd",
+        "operators", "ops", "op_gradients", "calls", "autograd",
         "inputs", "functional", "token_metrics", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
         "reward_model", "_info", "__main__",
     ]  # fmt: skip
