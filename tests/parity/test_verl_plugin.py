@@ -69,6 +69,7 @@ def test_a_failure_is_heard(monkeypatch, caplog):
         raise RuntimeError("no registry")
 
     monkeypatch.setattr(registry, "_core", fail)
+    monkeypatch.delitem(sys.modules, "fastrl.adapters.verl.plugin", raising=False)  # verl imports it where installed
     with pytest.raises(RuntimeError, match="no registry"):
         importlib.import_module("fastrl.adapters.verl.plugin")
     assert "could not be registered with verl" in caplog.text and "no registry" in caplog.text
