@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 _BUFFER_BYTES = {"cpu": 128 * 2**20}
 _ACCELERATOR_BUFFER_BYTES = 1280 * 2**20
 _CPU_FEWEST_ROWS, _CPU_MOST_ROWS = 64, 512
+_FEW = 16  # a CPU's library may sum a product of under 13 rows in one run over V, ten times less exactly
 _LINE = 16  # elements: 16-byte alignment in every dtype
 _PAGE = 1024  # elements whose rows would start in the same cache set, 4 KiB of fp32
 _SHIFT = 64  # elements, 4 cache lines of fp32
@@ -39,3 +42,14 @@ def rows_per_chunk(weight: Tensor, buffer_bytes: int, rows: int, whole: int = 0,
     wanted = min(max(rows // 8, least), _CPU_MOST_ROWS, fit)
     wanted = max(wanted // 8 * 8, min(wanted, 8))
     return max(wanted, whole) if whole <= fit else wanted
+
+
+def pieces(rows: Tensor, limit: int) -> Iterator[Tensor]:
+    """`rows` in pieces of at most `limit`; the last takes some rows of the one before it rather than be a few alone."""
+    start, stop = 0, rows.shape[0]
+    while start < stop:
+        end = min(start + limit, stop)
+        if 0 < stop - end < _FEW and limit >= 2 * _FEW:
+            end -= _FEW
+        yield rows[start:end]
+        start = end

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl.chunking import pieces
 from fastrl.flat import Flat, segment_sum
 from fastrl.spec import LossSpec
 
@@ -62,9 +63,12 @@ class LiveRows(NamedTuple):
 
     def chunks(self, start: int, stop: int, limit: int) -> Iterator[Tensor]:
         """Rows start:stop in pieces of at most `limit`, on sequence boundaries if there are any."""
+        if not self.ends:
+            yield from pieces(self.order[start:stop], limit)
+            return
         while start < stop:
             end = min(start + limit, stop)
-            if self.ends and end < stop:
+            if end < stop:
                 end = max(at for at in self.ends if at <= end)
             yield self.order[start:end]
             start = end

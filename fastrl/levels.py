@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrl import backend as backends
 from fastrl import reference
+from fastrl.chunking import pieces
 from fastrl.compaction import LiveRows
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind, plan
@@ -76,7 +77,7 @@ def hidden_score(
     def work(chunk: Chunk) -> None:
         backend.score(chunk.logits, scoring.at(chunk.rows), RowScores(*scores.unbind(0)))
 
-    project.run(_valid_rows(scoring).split(project.limit), work, grad=False)
+    project.run(pieces(_valid_rows(scoring), project.limit), work, grad=False)
     return scores
 
 
@@ -105,7 +106,7 @@ def hidden_score_grad(
     def work(chunk: Chunk) -> None:
         backend.differentiate(chunk.logits, scoring.at(chunk.rows), rows, dlogp, dentropy, chunk.gradient)
 
-    project.run(_valid_rows(scoring).split(project.limit), work, grad=True)
+    project.run(pieces(_valid_rows(scoring), project.limit), work, grad=True)
     return project.gradients()
 
 
@@ -237,7 +238,7 @@ class _Passes(NamedTuple):
         One host synchronisation, to learn which rows these are."""
         if grad:
             over = (self.kept.number > capacity).nonzero().squeeze(-1)
-            project.run(over.split(project.limit), self.differentiate, grad=True, dense=True)
+            project.run(pieces(over, project.limit), self.differentiate, grad=True, dense=True)
         return torch.stack([self.kept.dropped.sum(), (self.kept.number > 0).sum()])
 
 
