@@ -113,8 +113,8 @@ def _device(documents: Documents, device: str) -> Iterator[str]:
     yield _table(memory(documents), lambda row: _figure(row["peak_mib"]))
     yield _wrapped(_losses(chosen, memory(documents)))
     if withheld:
-        names = "; ".join(map(label, withheld))
-        yield _wrapped(f"No time is given where other processes disturbed fastrl's rounds: {names}.")
+        names = "; ".join(f"{label(name)} ({why})" for name, why in withheld.items())
+        yield _wrapped(f"No time of fastrl's is given for: {names}.")
     verdicts = list(targets.verdicts([row for rows in chosen.values() for row in rows]))
     if verdicts:
         yield "\n".join(["| case | target | found |", "|---|---|---|"] + [
@@ -122,17 +122,24 @@ def _device(documents: Documents, device: str) -> Iterator[str]:
         ])  # fmt: skip
 
 
-def choose(documents: Documents) -> tuple[dict[str, list[Row]], list[str]]:
-    """Case -> rows of its newest run with steady times of fastrl; and the cases without one."""
+def choose(documents: Documents) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """Case -> rows of its newest run with steady times of fastrl; and the cases without one, with the reason. A wrong
+    result discards the older runs."""
     chosen: dict[str, list[Row]] = {}
-    timed: list[str] = []
+    withheld: dict[str, str] = {}
     for document in documents.values():
         for name in dict.fromkeys(row["case"] for row in document["rows"] if row["ms"]):
             rows = [row for row in document["rows"] if row["case"] == name]
-            timed.append(name)
-            if any(row["provider"] == "fastrl" and steady(row) for row in rows):
+            ours = next((row for row in rows if row["provider"] == "fastrl"), None)
+            if ours is not None and ours["status"] == "wrong":
+                chosen.pop(name, None)
+                withheld[name] = f"wrong: {ours['reason']}"
+            elif ours is not None and steady(ours):
                 chosen[name] = rows
-    return {name: chosen[name] for name in _ordered(chosen)}, [name for name in _ordered(timed) if name not in chosen]
+            else:
+                withheld.setdefault(name, "the rounds differed too much")
+    kept = {name: chosen[name] for name in _ordered(chosen)}
+    return kept, {name: withheld[name] for name in _ordered(withheld) if name not in chosen}
 
 
 def steady(row: Row) -> bool:

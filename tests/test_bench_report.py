@@ -72,7 +72,16 @@ def test_a_case_comes_from_its_newest_steady_run() -> None:
     assert "| GAE, 512 x 8192 | 8.0 | 2.0 |" in text
     assert "No correct provider was faster." in text
     text = readme.section({"noisy.json": runs["noisy.json"]})
-    assert "disturbed fastrl's rounds: GAE, 512 x 8192." in text and "7.0" not in text
+    assert "GAE, 512 x 8192 (the rounds differed too much)." in text and "7.0" not in text
+
+
+def test_a_wrong_result_is_called_wrong() -> None:
+    """Also where an older run was right: nothing of it stands for the code of today."""
+    wrong = row("fastrl", None, status="wrong", reason="returns is off by 1, allowed 0.1", vs_eager=None)
+    older = document([row("eager", 3.0), row("fastrl", 1.0)])
+    text = readme.section({"a.json": older, "b.json": document([row("eager", 3.0), wrong], date="2026-02-01")})
+    assert "GAE, 512 x 8192 (wrong: returns is off by 1, allowed 0.1)." in text
+    assert "| GAE, 512 x 8192 |" not in text and "differed" not in text
 
 
 def test_losses_are_stated() -> None:
