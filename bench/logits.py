@@ -55,6 +55,21 @@ def _fastrl(shape: Shape, inplace: bool = False, sequence: bool = False) -> Run:
     return run
 
 
+def _tickets(shape: Shape) -> Run:
+    """fastrl with the kernel that reads each logit once, wherever it can run."""
+    if shape.device == "cpu":
+        raise Unavailable("its programs wait for each other, which needs a GPU")
+    from fastrl_kernels.ticket import tickets
+
+    run = _fastrl(shape)
+
+    def by_ticket(inputs: Inputs) -> Inputs:
+        with tickets(True):  # the gradient is computed in forward
+            return run(inputs)
+
+    return by_ticket
+
+
 def _liger(shape: Shape, sequence: bool = False) -> Run:
     if shape.device == "cpu":
         raise Unavailable("its Triton kernels need a GPU")
@@ -168,6 +183,8 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         "trl": Provider(partial(_trl, sequence=sequence)),
         "floor": Provider(_copy, floor=True),
     }
+    if not sequence:
+        providers["fastrl-tickets"] = Provider(_tickets)
     case = Case(
         name=f"logits-{'gspo' if sequence else 'grpo'}-N{shape.rows}-V{shape.vocab}-{shape.dtype}",
         suite="logits",

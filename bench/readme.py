@@ -1,208 +1,100 @@
-"""`python -m bench readme [--check]`: the README's figures, from the JSON files in bench/results and from nothing else.
-
-A case that was measured more than once is taken from its newest run in which fastrl's times were steady. Where fastrl
-is slower, or needs more memory, than a correct provider, the text says so; so it does of what was not measured.
-"""
+"""`python -m bench readme [--check]`: the README's summary and docs/benchmarks.md, from the files in bench/results."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from bench import targets
+from bench import figures
+from bench.figures import Documents, Row
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
-COLUMNS = ("eager", "torch.compile", "torch-native", "trl", "liger", "verl", "cut-cross-entropy", "fastrl")
-LABELS = {
-    r"logits-grpo-N(\d+)-V(\d+)-(\w+)": "GRPO with KL from logits, {} x {} {}",
-    r"logits-gspo-N(\d+)-V(\d+)-(\w+)": "GSPO with KL from logits, {} x {} {}",
-    r"logits-score-N(\d+)-V(\d+)-(\w+)": "log-probs and entropies from logits, {} x {} {}",
-    r"hidden-peaked-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, peaked distribution, {} x {} x {} {}",
-    r"hidden-realistic-N(\d+)-H(\d+)-V(\d+)-(\w+)": "the same with padding and zero advantages, {} x {} x {} {}",
-    r"(?:cpu-)?hidden-(\w+)-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, {} head, {} x {} x {} {}",
-    r"token-policy-N(\d+)": "loss and metrics from log-probs, {} tokens",
-    r"token-advantages-S(\d+)-G(\d+)": "group advantages, {} rewards in groups of {}",
-    r"scan-gae-B(\d+)-T(\d+)": "GAE, {} x {}",
-}
-MEMORY_FROM = 16.0
-"""MiB of difference below which memory is not worth a sentence."""
-
-Row = dict[str, Any]
-Documents = dict[str, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the JSON files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file with the two markers")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the file with every figure")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write the section; 1 if `--check` finds another, 2 if the markers are missing."""
+    """Write both; 1 if `--check` finds another text, 2 if the markers are missing."""
     text = options.readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         print(f"{options.readme.name} needs one line {BEGIN!r} and one {END!r}", file=sys.stderr)
         return 2
+    documents = figures.load(options.results)
     before, rest = text.split(BEGIN)
-    written = f"{before}{BEGIN}\n{section(load(options.results))}{END}{rest.split(END)[1]}"
-    if options.check:
-        if written != text:
-            print(f"{options.readme.name} is out of date: python -m bench readme", file=sys.stderr)
-        return int(written != text)
-    options.readme.write_text(written)
-    return 0
-
-
-def load(folder: Path) -> Documents:
-    """File name -> document, oldest first; runs with tiny shapes count for nothing."""
-    found = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return dict(sorted(((k, d) for k, d in found.items() if not d["quick"]), key=lambda pair: pair[1]["date"]))
+    written = {
+        options.readme: f"{before}{BEGIN}\n{section(documents)}{END}{rest.split(END)[1]}",
+        options.page: figures.page(documents),
+    }
+    stale = [path for path, new in written.items() if not path.exists() or path.read_text() != new]
+    for path in stale:
+        if options.check:
+            print(f"{path.name} is out of date: python -m bench readme", file=sys.stderr)
+        else:
+            path.write_text(written[path])
+    return int(options.check and bool(stale))
 
 
 def section(documents: Documents) -> str:
-    """The text between the markers."""
-    parts = []
-    for device in sorted({document["device"] for document in documents.values()}, reverse=True):
-        parts += _device({name: d for name, d in documents.items() if d["device"] == device}, device)
-    if not any(document["device"] != "cpu" for document in documents.values()):
-        wanted = "; ".join(target.text for target in targets.TARGETS.values() if target.device != "cpu")
-        parts.append(_wrapped(f"**No GPU figure has been measured yet.** Targets that wait for one: {wanted}."))
-    return "\n\n".join(parts) + "\n"
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def _machines(documents: Documents, device: str) -> str:
-    """What the runs of one device were measured on; with several machines, which file is whose."""
-    runs: dict[str, list[str]] = {}
-    for name, document in documents.items():
-        machine = document["machine"]
-        what = machine["gpu"] if device != "cpu" else f"a CPU ({machine['cpu']}, {machine['cores']} cores)"
-        runs.setdefault(what, []).append(name)
-    if len(runs) == 1:
-        return next(iter(runs))
-    return " and on ".join(f"{what} for {', '.join(names)}" for what, names in runs.items())
+    """The text between the markers: a line per kind of work, and where fastrl loses."""
+    parts = [part for device, runs in figures.by_device(documents) for part in _device(runs, device)]
+    return "\n\n".join([*parts, *figures.unmeasured(documents)]) + "\n"
 
 
 def _device(documents: Documents, device: str) -> Iterator[str]:
-    versions = list(documents.values())[-1]["versions"]
-    where = _machines(documents, device)
-    warning = ", where fastrl runs in plain torch: this says nothing of the kernels" if device == "cpu" else ""
-    files = ", ".join(f"[`{name}`](bench/results/{name})" for name in documents)
-    peers = ", ".join(f"{name} {versions[name]}" for name in ("torch", "trl", "liger", "verl") if versions.get(name))
-    yield _wrapped(
-        f"Measured on {where}{warning}. Medians in ms, from {files}; {peers}. "
-        "Commands, commits and spread are in the files."
+    chosen, withheld = figures.choose(documents)
+    peaks = figures.memory(documents)
+    yield figures.wrapped(
+        f"{figures.measured_on(documents, device)} Every case, with its time, memory and target: "
+        "[`docs/benchmarks.md`](docs/benchmarks.md)."
     )
-    chosen, withheld = choose(documents)
-    yield _table(chosen, lambda row: _figure(row["ms"] and row["ms"]["median"]))
-    cold = {name: rows for name, rows in chosen.items() if any(row.get("cold_ms") for row in rows)}
-    if cold:
-        yield "The same in ms after other data went through the caches:"
-        yield _table(cold, lambda row: _figure((row.get("cold_ms") or {}).get("median")))
-    yield "Peak memory beyond the inputs, in MiB:"
-    yield _table(memory(documents), lambda row: _figure(row["peak_mib"]))
-    yield _wrapped(_losses(chosen, memory(documents)))
+    yield _summary(chosen, peaks)
+    yield figures.wrapped(figures.losses(chosen, peaks))
     if withheld:
-        names = "; ".join(f"{label(name)} ({why})" for name, why in withheld.items())
-        yield _wrapped(f"No time of fastrl's is given for: {names}.")
-    verdicts = list(targets.verdicts([row for rows in chosen.values() for row in rows]))
-    if verdicts:
-        yield "\n".join(["| case | target | found |", "|---|---|---|"] + [
-            f"| {label(v.case)} | {v.wanted} | {v.found}{' (missed)' * (v.met is False)} |" for v in verdicts
-        ])  # fmt: skip
+        yield figures.wrapped(f"No time of fastrl's is given for: {'; '.join(map(figures.label, withheld))}.")
+    measured = [verdict for verdict in figures.verdicts(chosen) if verdict.met is not None]
+    if measured:
+        missed = list(dict.fromkeys(_kind(v.case) for v in measured if not v.met))
+        where = f"; missed in some cases of: {'; '.join(missed)}" if missed else ""
+        yield figures.wrapped(f"Of {len(measured)} targets {sum(bool(v.met) for v in measured)} are met{where}.")
 
 
-def choose(documents: Documents) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Case -> rows of its newest run with steady times of fastrl; and the cases without one, with the reason. A wrong
-    result discards the older runs."""
-    chosen: dict[str, list[Row]] = {}
-    withheld: dict[str, str] = {}
-    for document in documents.values():
-        for name in dict.fromkeys(row["case"] for row in document["rows"] if row["ms"]):
-            rows = [row for row in document["rows"] if row["case"] == name]
-            ours = next((row for row in rows if row["provider"] == "fastrl"), None)
-            if ours is not None and ours["status"] == "wrong":
-                chosen.pop(name, None)
-                withheld[name] = f"wrong: {ours['reason']}"
-            elif ours is not None and steady(ours):
-                chosen[name] = rows
-            else:
-                withheld.setdefault(name, "the rounds differed too much")
-    kept = {name: chosen[name] for name in _ordered(chosen)}
-    return kept, {name: withheld[name] for name in _ordered(withheld) if name not in chosen}
+def _summary(chosen: dict[str, list[Row]], peaks: dict[str, list[Row]]) -> str:
+    """Per kind of work the least and the greatest over its cases."""
+    lines = [
+        "| work | cases | times as fast as eager | as the fastest other | of eager's peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    names = dict.fromkeys([*chosen, *peaks])
+    for kind in dict.fromkeys(map(_kind, names)):
+        cases = [name for name in names if _kind(name) == kind]
+        speeds = [figures.speedups(chosen[name]) for name in cases if name in chosen]
+        eager = [found["eager"] for found in speeds if "eager" in found]
+        others = [min(rest) for found in speeds if (rest := [r for name, r in found.items() if name != "eager"])]
+        parts = [part for name in cases if (part := _of_eager(peaks.get(name, []))) is not None]
+        lines.append(f"| {kind} | {len(cases)} | {_range(eager)} | {_range(others)} | {_range(parts)} |")
+    return "\n".join(lines)
 
 
-def steady(row: Row) -> bool:
-    return bool(row["vs_eager"] and row["vs_eager"]["steady"])
+def _kind(case: str) -> str:
+    """The case's label without its sizes."""
+    return re.sub(r",? \d.*$", "", figures.label(case))
 
 
-def memory(documents: Documents) -> dict[str, list[Row]]:
-    """Case -> for each provider the row of the newest run that took its memory; memory does not suffer from neighbours.
-    Cases without a vocabulary have none worth a table."""
-    found: dict[str, dict[str, Row]] = {}
-    for document in documents.values():
-        for row in document["rows"]:
-            if row["peak_mib"] is not None and row["shape"]["vocab"] and row["suite"] in ("logits", "hidden", "cpu"):
-                found.setdefault(row["case"], {})[row["provider"]] = row
-    return {name: list(found[name].values()) for name in _ordered(found)}
+def _of_eager(rows: Iterable[Row]) -> float | None:
+    peaks = {row["provider"]: row["peak_mib"] for row in rows}
+    return peaks["fastrl"] / peaks["eager"] if peaks.get("eager") and "fastrl" in peaks else None
 
 
-def _ordered(names: Any) -> list[str]:
-    """By kind, in the order of `LABELS`; within a kind as measured."""
-    return sorted(dict.fromkeys(names), key=lambda name: [not re.fullmatch(kind, name) for kind in LABELS])
-
-
-def label(case: str) -> str:
-    """The case in words; its name where there are none."""
-    for pattern, words in LABELS.items():
-        match = re.fullmatch(pattern, case)
-        if match:
-            return words.format(*match.groups())
-    return case
-
-
-def _table(cases: dict[str, list[Row]], cell: Any) -> str:
-    """A line per case, a column per provider that has any figure."""
-    cells = {name: {row["provider"]: cell(row) for row in rows} for name, rows in cases.items()}
-    columns = [column for column in COLUMNS if any(line.get(column, "-") != "-" for line in cells.values())]
-    lines = [["case", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[label(name), *(line.get(column, "-") for column in columns)] for name, line in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _figure(value: float | None) -> str:
-    """Four digits, and no decimals of large numbers."""
-    return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
-
-
-def _losses(chosen: dict[str, list[Row]], peaks: dict[str, list[Row]]) -> str:
-    """Every correct provider that is faster than fastrl, or needs noticeably less memory."""
-    slower, larger = [], []
-    for name, rows in chosen.items():
-        ours = next(row for row in rows if row["provider"] == "fastrl")
-        ratios = {row["provider"]: targets.ratio(row, ours) for row in rows if _rival(row) and steady(row)}
-        lost = [f"{provider} is {r:.1f} times as fast" for provider, r in ratios.items() if r is not None and r > 1]
-        slower += [f"{label(name)} ({', '.join(lost)})"] * bool(lost)
-    for name, rows in peaks.items():
-        ours = next((row["peak_mib"] for row in rows if row["provider"] == "fastrl"), 0.0)
-        lost = [
-            f"{row['provider']} {_figure(row['peak_mib'])} against {_figure(ours)}"
-            for row in rows if _rival(row) and row["peak_mib"] + MEMORY_FROM < ours
-        ]  # fmt: skip
-        larger += [f"{label(name)} ({', '.join(lost)} MiB)"] * bool(lost)
-    time = f"fastrl is slower at: {'; '.join(slower)}." if slower else "No correct provider was faster."
-    return f"{time} It needs more memory at: {'; '.join(larger)}." if larger else time
-
-
-def _rival(row: Row) -> bool:
-    return not row["provider"].startswith("fastrl") and row["provider"] != "floor" and row["status"] == "ok"
+def _range(values: list[float]) -> str:
+    """Two digits; one number where there is one."""
+    shown = list(dict.fromkeys(f"{value:.2g}" for value in (min(values), max(values)))) if values else ["-"]
+    return " to ".join(shown)

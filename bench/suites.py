@@ -17,8 +17,8 @@ SUITES = {
     "cpu": cpu.cases,
 }
 PROVIDERS = (
-    "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-dense", "fastrl-sparse",
-    "liger", "trl", "verl", "cut-cross-entropy", "floor",
+    "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-tickets",
+    "fastrl-dense", "fastrl-sparse", "liger", "trl", "verl", "cut-cross-entropy", "floor",
 )  # fmt: skip
 
 

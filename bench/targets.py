@@ -30,6 +30,8 @@ class Target:
     """Milliseconds of its kernels, at most."""
     faster: Mapping[str, float] = field(default_factory=dict)
     """Provider -> how many times as fast, at least: the median over rounds of the ratio."""
+    beside: tuple[str, ...] = ()
+    """Providers without a bound, measured for a choice still to be made."""
     time: float | None = None
     """Times eager's time, at most."""
     memory: float | None = None
@@ -42,13 +44,19 @@ class Target:
     @property
     def providers(self) -> tuple[str, ...]:
         """Whom a run for the targets needs."""
-        return ("eager", *(name for name in self.faster if name != "eager"), "fastrl", "floor")
+        return ("eager", *(name for name in self.faster if name != "eager"), *self.beside, "fastrl", "floor")
 
 
 _ANCHORS = {"trl": 1.3, "liger": 5.0}
 TARGETS = {
     "score": Target("log-probs and entropies from logits, no gradient", share=0.9, faster={"trl": 1.0}),
-    "logits": Target("GRPO with KL from logits, token level", floor=1.2, faster={"liger": 1.4}, first_seconds=5.0),
+    "logits": Target(
+        "GRPO with KL from logits, token level",
+        floor=1.2,
+        faster={"liger": 1.4},
+        beside=("fastrl-tickets",),
+        first_seconds=5.0,
+    ),
     "logits-sequence": Target("GRPO with KL from logits, sequence level", floor=1.2, faster={"liger": 2.0}),
     "hidden": Target(
         "GRPO from hidden states, trainable head", floor=1 / 0.95, faster=_ANCHORS, head="trainable", first_seconds=5.0

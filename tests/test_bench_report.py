@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="needs rich")
 
 from bench import __main__ as command
-from bench import hidden, inputs, plots, readme, runner, suites, targets, timing
+from bench import figures, hidden, inputs, plots, readme, runner, suites, targets, timing
 from bench.case import Case, Shape
 
 SHAPE = {"rows": 8, "vocab": 100, "hidden": 4, "dtype": "fp32", "device": "cuda"}
@@ -48,7 +48,12 @@ def test_check_fails_on_a_stale_figure(tmp_path: Path, capsys: pytest.CaptureFix
     before, section = (readme.ROOT / "README.md").read_text().split(readme.BEGIN)
     stale.write_text(before + readme.BEGIN + re.sub(r"\| \d+\.\d \|", "| 1.5 |", section, count=1))
     assert command.main(["readme", "--check", "--readme", str(stale)]) == 1
-    assert "out of date" in capsys.readouterr().err
+    assert "README.md is out of date" in capsys.readouterr().err
+    page = tmp_path / "benchmarks.md"
+    assert command.main(["readme", "--check", "--page", str(page)]) == 1 and not page.exists()
+    assert "benchmarks.md is out of date" in capsys.readouterr().err
+    assert command.main(["readme", "--page", str(page)]) == 0
+    assert page.read_text() == (readme.ROOT / "docs" / "benchmarks.md").read_text()
     assert command.main(["readme", "--readme", str(stale)]) == 0
     assert stale.read_text() == (readme.ROOT / "README.md").read_text()
     stale.write_text("no markers")
@@ -57,7 +62,7 @@ def test_check_fails_on_a_stale_figure(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_quick_runs_are_no_figures(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(document([row("fastrl", 1.0)]) | {"quick": True}))
-    assert readme.load(tmp_path) == {}
+    assert figures.load(tmp_path) == {}
     assert "No GPU figure" in readme.section({})
 
 
@@ -68,10 +73,10 @@ def test_a_case_comes_from_its_newest_steady_run() -> None:
         "new.json": document([row("eager", 8.0), row("fastrl", 2.0)], "2026-01-02"),
         "noisy.json": document([row("eager", 7.0), row("fastrl", 1.0, **unsteady)], "2026-01-03"),
     }
-    text = readme.section(runs)
+    text = figures.page(runs)
     assert "| GAE, 512 x 8192 | 8.0 | 2.0 |" in text
     assert "No correct provider was faster." in text
-    text = readme.section({"noisy.json": runs["noisy.json"]})
+    text = figures.page({"noisy.json": runs["noisy.json"]})
     assert "GAE, 512 x 8192 (the rounds differed too much)." in text and "7.0" not in text
 
 
@@ -79,7 +84,7 @@ def test_a_wrong_result_is_called_wrong() -> None:
     """Also where an older run was right: nothing of it stands for the code of today."""
     wrong = row("fastrl", None, status="wrong", reason="returns is off by 1, allowed 0.1", vs_eager=None)
     older = document([row("eager", 3.0), row("fastrl", 1.0)])
-    text = readme.section({"a.json": older, "b.json": document([row("eager", 3.0), wrong], date="2026-02-01")})
+    text = figures.page({"a.json": older, "b.json": document([row("eager", 3.0), wrong], date="2026-02-01")})
     assert "GAE, 512 x 8192 (wrong: returns is off by 1, allowed 0.1)." in text
     assert "| GAE, 512 x 8192 |" not in text and "differed" not in text
 
@@ -93,16 +98,34 @@ def test_losses_are_stated() -> None:
         row("liger", 3.0, case=case, peak_mib=5.0),
         row("floor", 0.5, case=case, peak_mib=1.0, status="floor"),  # no implementation
     ]
-    text = " ".join(readme.section({"a.json": document(rows)}).split())
-    assert "slower at: GRPO from hidden states, frozen head, 8 x 4 x 100 fp32 (trl is 2.0 times as fast)." in text
-    assert (
-        "more memory at: GRPO from hidden states, frozen head, 8 x 4 x 100 fp32 (liger 5.0 against 60.0 MiB)." in text
-    )
+    for made in (readme.section, figures.page):
+        text = " ".join(made({"a.json": document(rows)}).split())
+        label = "GRPO from hidden states, frozen head, 8 x 4 x 100 fp32"
+        assert f"slower at: {label} (trl is 2.0 times as fast)." in text
+        assert f"more memory at: {label} (liger 5.0 against 60.0 MiB)." in text
+
+
+def test_the_summary_spans_the_cases_of_a_kind() -> None:
+    """A line per kind: least and greatest speed-up over eager and over the fastest other, part of eager's memory."""
+    cases = ["hidden-frozen-N8-H4-V100-fp32", "hidden-frozen-N8-H4-V200-fp32"]
+    rows = [row("eager", 4.0, case=cases[0], peak_mib=500.0), row("fastrl", 2.0, case=cases[0], peak_mib=50.0)]
+    rows += [row("trl", 3.0, case=cases[0]), row("liger", 1.0, case=cases[0]), row("floor", 0.1, status="floor")]
+    rows += [row("eager", 4.0, case=cases[1], peak_mib=500.0), row("fastrl", 5.0, case=cases[1], peak_mib=100.0)]
+    rows += [row("eager", 6.0), row("fastrl", 2.0)]
+    text = readme.section({"a.json": document(rows)})
+    assert "| GRPO from hidden states, frozen head | 2 | 0.8 to 2 | 0.5 | 0.1 to 0.2 |" in text
+    assert "| GAE | 1 | 3 | - | - |" in text
+
+
+def test_the_summary_counts_the_targets() -> None:
+    rows = [row("eager", 4.0), row("fastrl", 0.05, target="gae", kernels={"ms": 0.02, "launches": 1})]
+    text = readme.section({"a.json": document(rows, device="cuda")})
+    assert "Of 2 targets 1 are met; missed in some cases of: GAE." in text
 
 
 def test_gpu_runs_bring_verdicts() -> None:
     rows = [row("eager", 4.0), row("fastrl", 0.02, target="gae", kernels={"ms": 0.02, "launches": 1})]
-    text = readme.section({"a.json": document(rows, device="cuda")})
+    text = figures.page({"a.json": document(rows, device="cuda")})
     assert "an accelerator" in text and "No GPU figure" not in text
     assert "| GAE, 512 x 8192 | >= 100x as fast as eager | 200.00x |" in text
 
@@ -164,7 +187,7 @@ def test_names_of_cases_are_unique_and_have_words(device: str) -> None:
     """A worker process finds its case by name."""
     names = [case.name for case in suites.cases("all", device, quick=False)]
     assert len(set(names)) == len(names)
-    assert all(name.startswith("memory-") or readme.label(name) != name for name in names)
+    assert all(name.startswith("memory-") or figures.label(name) != name for name in names)
 
 
 def test_the_realistic_batch() -> None:

@@ -10,7 +10,7 @@ pytest.importorskip("rich", reason="needs rich")
 
 from test_bench_report import SHAPE, document, row
 
-from bench import readme, targets
+from bench import figures, targets
 
 LARGE = {"rows": 4096, "vocab": 151936, "hidden": 4096, "dtype": "bf16", "device": "cuda"}
 
@@ -55,7 +55,7 @@ def test_verdicts_on_the_cpu() -> None:
     on_cpu = [r | {"shape": SHAPE | {"device": "cpu"}} for r in gae]
     assert [v.met for v in targets.verdicts(on_cpu)] == [True]
     assert list(targets.verdicts([r | {"target": "gae"} for r in on_cpu])) == []
-    assert "| 0.59x (the bare products 0.50x) |" in readme.section({"a.json": document(_cpu_rows(case, shape))})
+    assert "| 0.59x (the bare products 0.50x) |" in figures.page({"a.json": document(_cpu_rows(case, shape))})
 
 
 def _cpu_rows(case: str, shape: dict[str, Any]) -> list[dict[str, Any]]:
