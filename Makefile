@@ -11,13 +11,14 @@ ANY_PYTHON := --only-binary=:all: --python-version 3.11 --implementation cp --ab
 .PHONY: demo compare test docs lint format bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/grpo_trl.py
+	$(BIN)/python examples/trl_grpo.py
 
 compare: $(VENV)/.installed
-	$(BIN)/python examples/grpo_trl.py --loss both --out docs/demo
+	$(BIN)/python examples/trl_grpo.py --loss both --out docs/demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python examples/trl_grpo.py --steps 400 --quiet
 	$(BIN)/python examples/hand_written_loop.py
 	$(BIN)/python examples/hf_trainer.py
 	$(BIN)/python examples/verl_policy_loss.py

@@ -161,9 +161,9 @@ def main() -> int:
         runs[f"{name} loss"], before, after = train(name, options.steps, options.seed, options.quiet)
         rose = rose and after > before + 0.3
         print(f"{name} loss: reward {before:.3f} before, {after:.3f} after {options.steps} steps")
-    plot(runs, options.out / "grpo_trl.png")
-    (options.out / "grpo_trl.json").write_text(json.dumps(record(runs, options.seed), indent=1))
-    print(f"curves: {options.out / 'grpo_trl.png'} and {options.out / 'grpo_trl.json'}")
+    plot(runs, options.out / "trl_grpo.png")
+    (options.out / "trl_grpo.json").write_text(json.dumps(record(runs, options.seed), indent=1))
+    print(f"curves: {options.out / 'trl_grpo.png'} and {options.out / 'trl_grpo.json'}")
     if not rose:
         print("the reward did not rise by 0.3", file=sys.stderr)
     return 0 if rose else 1
