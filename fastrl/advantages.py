@@ -5,14 +5,16 @@ Rewards are data: nothing here has a gradient. The Triton twin of `normalise` is
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl import _checks
 from fastrl import backend as backends
+from fastrl.dtypes import wide
 from fastrl.flat import Flat, segment_sum
+from fastrl.operators import fake, operator
 from fastrl.spec import AdvantageBaseline, AdvantageScale, LossSpec, option
 
 _BEST_OF_OTHERS = "best-of-others"  # the baseline of pass@k, which is no field of a loss
@@ -130,18 +132,37 @@ class Groups(NamedTuple):
 
     def cast(self, advantages: Tensor) -> Tensor:
         """float32, or float64 for float64 rewards."""
-        return advantages.to(torch.float64 if self.rewards.dtype == torch.float64 else torch.float32)
+        return advantages.to(wide(self.rewards.dtype))
 
 
 def _advantages(given: Groups, baseline: str, scale: str, backend: str) -> Tensor:
-    if backends.of(given.rewards, backend) == "triton":
+    return _group_advantages(*given, baseline, scale, backends.of(given.rewards, backend))
+
+
+@operator("group_advantages")
+def _group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    group_ids: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+    baseline: str,
+    scale: str,
+    backend: str,
+) -> Tensor:
+    """(S,) float32, or float64 for float64 rewards; group_size 0 with ids."""
+    if backend == "triton":
         import fastrl_kernels as kernels
 
-        return kernels.group_advantages(
-            given.rewards, given.group_ids, given.group_size,
-            eps=given.eps, baseline=baseline, scale=scale, lengths=given.lengths,
-        )  # fmt: skip
-    return given.cast(normalise(given.rewards.double(), given.numbered, baseline, scale, given.eps, given.lengths))
+        options = {"eps": eps, "baseline": baseline, "scale": scale, "lengths": lengths}
+        return kernels.group_advantages(rewards, group_ids, group_size, **options)
+    given = Groups(rewards, group_size, group_ids, lengths, eps)
+    return given.cast(normalise(rewards.double(), given.numbered, baseline, scale, eps, lengths))
+
+
+@fake("group_advantages")
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(rewards, dtype=wide(rewards.dtype))
 
 
 def check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks, inputs
+from fastrl.dtypes import wide
 from fastrl.reduction import padded_weights
-from fastrl.reference import wide
 from fastrl.returns import n_step_returns
 from fastrl.spec import Aggregation, LossSpec
 

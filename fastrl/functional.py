@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastrl import _checks, autograd, inputs
 from fastrl import backend as backends
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.head import LMHead
 from fastrl.metrics import STATISTICS, Metrics, metric_names
 from fastrl.presets import GRPO
-from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl.correction import correct_batch
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.head import LMHead
 from fastrl.projection import HiddenOptions
-from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
 from fastrl.rows import Scoring
 from fastrl.spec import Aggregation, LossSpec

@@ -15,10 +15,11 @@ from fastrl import backend as backends
 from fastrl import reference
 from fastrl.chunking import pieces
 from fastrl.compaction import LiveRows
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind, plan
 from fastrl.projection import Chunk, HiddenOptions, Projection
-from fastrl.reference import TokenInputs, wide
+from fastrl.reference import TokenInputs
 from fastrl.rows import KeptColumns, RowScores, Scoring
 from fastrl.spec import LossSpec
 

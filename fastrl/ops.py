@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastrl import backend as backends
 from fastrl import levels
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.metrics import SPARSE_STATISTICS, STATISTICS
 from fastrl.operators import fake, operator
 from fastrl.projection import HiddenOptions
-from fastrl.reference import wide
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import spec_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrl import backend as backends
 from fastrl.chunking import row_stride, rows_per_chunk
-from fastrl.reference import wide
+from fastrl.dtypes import wide
 from fastrl.rows import SparseRows
 
 _TILE_BYTES = 2**24  # of the head's weight held in a wider dtype where the library cannot widen by itself

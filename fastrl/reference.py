@@ -16,6 +16,7 @@ from fastrl import correction, kl
 from fastrl.advantages import token_advantages
 from fastrl.clamping import beyond, clamp_log_ratio, hold
 from fastrl.correction import Behaviour
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.metrics import STATISTICS
 from fastrl.objectives import objective
@@ -46,11 +47,6 @@ class TokenInputs(NamedTuple):
         """The inputs of some rows; for a sequence-level ratio they must be whole sequences."""
         per_token: list[Any] = [None if field is None else field[rows] for field in self[:-1]]
         return TokenInputs._make([*per_token, self.lengths])
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a loss on inputs of `dtype` is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> TokenInputs:

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastrl import _checks, whitening
-from fastrl import backend as backends
-from fastrl.reference import wide
-from fastrl.scan import reverse_scan
-
-_ELEMENTS = 2**19  # taken at once on the torch backend, so that the temporaries stay in the cache
-
-
-class _Steps(NamedTuple):
-    """The checked inputs, in one dtype and without gradient."""
-
-    rewards: Tensor  # (B, T)
-    values: Tensor | None  # (B, T); None = 0
-    keep: Tensor | None  # (B, T) bool
-    bootstrap: Tensor | None  # (B,); None = 0
-
-    def part(self, rows: slice) -> _Steps:
-        return _Steps(*(None if x is None else x[rows] for x in self))
-
-
-class _Decay(NamedTuple):
-    gamma: float
-    lam: float | Tensor  # a tensor is (B,)
-    lam_returns: float | Tensor | None  # None = as lam
-    carry_masked: bool
+from fastrl.dtypes import wide
+from fastrl.lambda_returns import Decay, Steps, estimate
 
 
 def gae(
@@ -77,13 +53,13 @@ def gae(
     _checks.floating("values", values)
     steps = _checked(rewards, values, mask, bootstrap)
     _checks.fraction("gamma", gamma)
-    decay = _Decay(
+    decay = Decay(
         gamma=float(gamma),
         lam=_lambda("lam", lam, rewards),
         lam_returns=None if lam_returns is None else _lambda("lam_returns", lam_returns, rewards),
         carry_masked=bool(carry_masked),
     )
-    advantages, returns = _estimate(steps, decay, backend)
+    advantages, returns = estimate(steps, decay, backend)
     if whiten:
         advantages = whitening.whiten(advantages, steps.keep)
     return advantages, returns
@@ -103,7 +79,7 @@ def discounted_returns(
     """
     steps = _checked(rewards, None, mask, bootstrap)
     _checks.fraction("gamma", gamma)
-    return _estimate(steps, _Decay(float(gamma), 1.0, None, True), backend)[1]
+    return estimate(steps, Decay(float(gamma), 1.0, None, True), backend)[1]
 
 
 def n_step_returns(
@@ -190,7 +166,7 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
     return (1 - 1 / (alpha * lengths.to(wide(lengths.dtype)))).clamp_min(0)
 
 
-def _checked(rewards: Tensor, values: Tensor | None, mask: Tensor | None, bootstrap: Tensor | None) -> _Steps:
+def _checked(rewards: Tensor, values: Tensor | None, mask: Tensor | None, bootstrap: Tensor | None) -> Steps:
     _checks.floating("rewards", rewards)
     if rewards.ndim != 2:
         _checks.refuse("rewards", "shape (B, T), one reward per token", rewards, "put a score on its last token")
@@ -203,12 +179,12 @@ def _checked(rewards: Tensor, values: Tensor | None, mask: Tensor | None, bootst
         _checks.same_device("bootstrap", bootstrap, rewards.device, "rewards")
     keep = _checks.keep(mask, rewards, "rewards")
     given = [x for x in (rewards, values, bootstrap) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+    dtype = wide(*(x.dtype for x in given))
 
     def cast(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(dtype)
 
-    return _Steps(rewards.detach().to(dtype), cast(values), keep, cast(bootstrap))
+    return Steps(rewards.detach().to(dtype), cast(values), keep, cast(bootstrap))
 
 
 def _lambda(name: str, lam: float | Tensor, rewards: Tensor) -> float | Tensor:
@@ -219,66 +195,3 @@ def _lambda(name: str, lam: float | Tensor, rewards: Tensor) -> float | Tensor:
     _checks.shape(name, lam, tuple(rewards.shape[:1]), "one λ per sequence (or pass a number)")
     _checks.same_device(name, lam, rewards.device, "rewards")
     return lam.detach()
-
-
-def _estimate(steps: _Steps, decay: _Decay, backend: str) -> tuple[Tensor, Tensor]:
-    """(advantages, returns); without values both are the returns."""
-    if backends.of(steps.rewards, backend) == "torch":
-        return _by_torch(steps, decay)
-    import fastrl_kernels as kernels
-
-    dense = _Steps(*(None if x is None else x.contiguous() for x in steps))
-    return kernels.lambda_returns(*dense, **decay._asdict())
-
-
-def _by_torch(steps: _Steps, decay: _Decay) -> tuple[Tensor, Tensor]:
-    """A few rows at a time, so that their temporaries stay in the cache."""
-    returns = torch.empty_like(steps.rewards, memory_format=torch.contiguous_format)
-    advantages = returns if steps.values is None else torch.empty_like(returns)
-    rows, width = returns.shape
-    count = max(1, _ELEMENTS // max(width, 1))
-    lam, lam_returns = (_per_row(x, returns) for x in (decay.lam, decay.lam_returns))
-    for start in range(0, rows, count):
-        some = slice(start, start + count)
-        part, out = steps.part(some), returns[some]
-        bits = None if part.keep is None else part.keep.to(_BITS[returns.dtype]).neg_()
-        torch.add(part.rewards, _state(part, decay, lam[some], bits), out=out)
-        if part.values is not None:
-            _zero_masked_(torch.sub(out, part.values, out=advantages[some]), bits)
-        if lam_returns is not None:
-            torch.add(part.rewards, _state(part, decay, lam_returns[some], bits), out=out)
-        _zero_masked_(out, bits)
-    return advantages, returns
-
-
-def _state(steps: _Steps, decay: _Decay, lam: Tensor, bits: Tensor | None) -> Tensor:
-    """(B, T): cₜ₊₁ = γ·(Vₜ₊₁ + λ·Aₜ₊₁), so that Rₜ = rₜ + cₜ₊₁ and Aₜ = Rₜ − Vₜ.
-
-    It follows one affine recursion, cₜ = γλ·cₜ₊₁ + γλ·rₜ + γ(1 − λ)·Vₜ, where two would be needed for Aₜ and for the
-    value behind the masked steps.
-    """
-    rewards, values, _, bootstrap = steps
-    factor = decay.gamma * lam
-    term = rewards * factor[:, None]
-    if values is not None:
-        term.addcmul_(values, (decay.gamma - factor)[:, None])
-    last = torch.zeros_like(lam) if bootstrap is None else decay.gamma * bootstrap
-    return reverse_scan(factor, _zero_masked_(term, bits), last, bits if decay.carry_masked else None)
-
-
-def _per_row(lam: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """(B,) from a number or a tensor."""
-    if lam is None:
-        return None
-    return lam.to(like.dtype) if isinstance(lam, Tensor) else like.new_full(like.shape[:1], lam)
-
-
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def _zero_masked_(x: Tensor, bits: Tensor | None) -> Tensor:
-    """x with 0 where `bits` is 0, whatever stood there; elsewhere `bits` is all ones. On a CPU several times faster
-    than where or masked_fill, which torch does not vectorise."""
-    if bits is not None:
-        x.view(bits.dtype).bitwise_and_(bits)
-    return x

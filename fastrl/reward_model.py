@@ -10,7 +10,7 @@ from torch import Tensor
 from fastrl import _checks
 from fastrl import backend as backends
 from fastrl.double_backward import once
-from fastrl.reference import wide
+from fastrl.dtypes import wide
 
 _PAIRS = 2**20  # pairs held at once on the torch backend
 

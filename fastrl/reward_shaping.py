@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks
+from fastrl.dtypes import wide
 from fastrl.kl import KL_ESTIMATORS
 from fastrl.returns import discounted_returns
 from fastrl.spec import KLEstimator, option
@@ -59,7 +60,9 @@ def kl_shaped_rewards(
     """
     keep, kl = _kl(logps, ref_logps, mask, kl_estimator, kl_clamp)
     coef = _coefficient(kl_coef)
-    score = _per_token("rewards", rewards, keep, [(keep.shape[0],), tuple(keep.shape)]).to(_wide(rewards, kl))
+    score = _per_token("rewards", rewards, keep, [(keep.shape[0],), tuple(keep.shape)]).to(
+        wide(rewards.dtype, kl.dtype)
+    )
     if rewards.ndim == 1:
         later = keep.flip(1).cumsum(1).flip(1)  # valid tokens from here on
         score = torch.where(keep & (later == 1), score, 0)
@@ -102,7 +105,7 @@ def kl_shaped_advantages(
     if gamma:
         term = discounted_returns(term, gamma=gamma, mask=keep)
     B, T = keep.shape
-    given = _per_token("advantages", advantages, keep, [(B,), (B, 1), (B, T)]).to(_wide(advantages, x))
+    given = _per_token("advantages", advantages, keep, [(B,), (B, 1), (B, T)]).to(wide(advantages.dtype, x.dtype))
     return torch.where(keep, given + coef * term, 0)
 
 
@@ -120,7 +123,7 @@ def _kl(
     keep = _checks.keep(mask, logps, "logps")
     if keep is None:
         keep = torch.ones_like(logps, dtype=torch.bool)
-    dtype = _wide(logps, ref_logps)
+    dtype = wide(logps.dtype, ref_logps.dtype)
     x = torch.where(keep, logps.detach().to(dtype) - ref_logps.detach().to(dtype), 0)
     if name == KLEstimator.K3:
         x = x.clamp(-_EXPONENT_BOUND, _EXPONENT_BOUND)
@@ -129,10 +132,6 @@ def _kl(
         _checks.number("kl_clamp", clamp)
         kl = kl.clamp(-clamp, clamp)
     return keep, kl
-
-
-def _wide(*given: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
 
 
 def _per_token(name: str, values: Tensor, keep: Tensor, shapes: list[tuple[int, ...]]) -> Tensor:

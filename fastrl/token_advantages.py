@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl.advantages import check_groups, group_advantages, group_extreme, group_index, varies
+from fastrl.dtypes import wide
 from fastrl.flat import segment_sum
-from fastrl.reference import wide
 from fastrl.returns import discounted_returns
 from fastrl.whitening import whiten
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
+from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind
-from fastrl.reference import TokenInputs, wide
+from fastrl.reference import TokenInputs
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import LossSpec
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import torch_backend
-from fastrl.reference import wide
+from fastrl.dtypes import wide
 from fastrl.rows import KeptColumns, RowScores, Scoring, SparseRows
 
 _BLOCK = {"cpu": 2**18}  # elements of a block of rows; on a CPU a core's L2 cache holds a few such

@@ -63,12 +63,12 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "flat",
-        "ratio", "correction", "selection", "reduction", "backend", "advantages", "batch_advantages", "metrics",
+        "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "dtypes", "flat",
+        "ratio", "correction", "selection", "reduction", "backend", "operators", "advantages", "batch_advantages", "metrics",
         "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "chunking", "torch_backend",
         "triton_backend", "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "double_backward",
-        "operators", "ops", "op_gradients", "calls", "autograd",
-        "inputs", "functional", "token_metrics", "nn", "scan", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
+        "ops", "op_gradients", "calls", "autograd",
+        "inputs", "functional", "token_metrics", "nn", "scan", "lambda_returns", "returns", "token_advantages", "reward_shaping", "controllers", "critic",
         "reward_model", "_info", "__main__",
     ]  # fmt: skip
     package = ROOT / "fastrl"

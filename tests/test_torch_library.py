@@ -20,6 +20,7 @@ OPERATORS = {
     "score_logits_grad": 1, "score_hidden_grad": 3,
 }  # fmt: skip
 GRADIENTS = ("score_logits_grad", "score_hidden_grad")
+DATA = {"lambda_returns", "group_advantages"}  # of rewards, without a gradient
 
 SPECS = {
     "token": fastrl.GRPO.replace(kl_coef=0.1, entropy_coef=0.02),
@@ -31,7 +32,7 @@ SPECS = {
 
 def test_every_operator_is_checked_here():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastrl::")}
-    assert defined == OPERATORS.keys()
+    assert defined == OPERATORS.keys() | DATA
 
 
 def sample_calls(
@@ -183,6 +184,64 @@ def test_promise_12_compile_fullgraph(backend, spec):
         for a, b in zip(got, torch.autograd.grad(eager, parameters), strict=True):
             close(a, b, ulps=400)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def advantages(rewards: Tensor, values: Tensor, mask: Tensor, lam: Tensor, name: str) -> list[Tensor]:
+    """Everything that comes before the loss, with the arguments that take a way of their own."""
+    options: dict[str, Any] = {"mask": mask, "gamma": 0.99, "backend": name}
+    scores, last = rewards.sum(1), values[:, 0]
+    return [
+        *fastrl.gae(rewards, values, lam=0.95, **options),
+        *fastrl.gae(rewards, values, lam=lam, lam_returns=1.0, bootstrap=last, whiten=True, **options),
+        *fastrl.gae(rewards, values, lam=lam, carry_masked=False, **options),
+        fastrl.discounted_returns(rewards, **options),
+        fastrl.reinforce_plus_plus_advantages(rewards, **options),
+        fastrl.n_step_returns(rewards, values, n=3, gamma=0.9, mask=mask),
+        fastrl.td_errors(rewards, values, mask=mask),
+        *fastrl.kl_shaped_rewards(scores, values, values - 0.1, mask=mask, kl_coef=0.1),
+        fastrl.group_advantages(scores, group_size=2, backend=name),
+        fastrl.group_advantages(scores, group_ids=mask.sum(1), scale="batch", backend=name),
+        fastrl.pass_at_k_advantages(scores, group_size=2, backend=name),
+        fastrl.remax_advantages(rewards, last, mask=mask),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo warns of its own internals
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_returns_and_advantages_compile_fullgraph(backend):
+    """One graph for every batch size and length; the numbers are those of eager, to the bit where it is one backend."""
+    name, device = backend
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(advantages, fullgraph=True, dynamic=True, backend="aot_eager")
+    shapes = ((4, 12), (6, 9), (8, 40), (2, 7))
+    for B, T in shapes if (name, device) != ("triton", "cpu") else ((4, 3), (6, 5)):  # the interpreter is slow
+        batch = torch.randn(2, B, T, device=device)
+        mask, lam = torch.rand(B, T, device=device) > 0.2, torch.rand(B, device=device)
+        for got, eager in zip(compiled(*batch, mask, lam, name), advantages(*batch, mask, lam, name), strict=True):
+            close(got, eager, ulps=16)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # AOTAutograd warns of its own internals
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_returns_and_advantages(backend):
+    name, device = backend
+    rewards, values = torch.randn(2, 4, 6, device=device)
+    keep, lam = torch.rand(4, 6, device=device) > 0.3, torch.rand(4, device=device)
+    scan, groups = torch.ops.fastrl.lambda_returns.default, torch.ops.fastrl.group_advantages.default
+    samples = [
+        (rewards, values, keep, values[:, 0], 0.9, None, lam, 1.0, None, False),
+        (rewards, None, None, None, 0.9, 1.0, None, None, None, True),
+    ]
+    if name == "torch":
+        samples += [(rewards.double(), values.double(), keep, None, 0.9, 0.5, None, None, lam.double(), True)]
+    for sample in samples:
+        torch.library.opcheck(scan, (*sample, name))
+    ids = torch.tensor([3, 1, 3, 1], device=device)
+    for grouping in ((2, None, None), (0, ids, None), (0, ids, torch.ones(4, device=device))):
+        baseline = "mean" if grouping[2] is None else "length-weighted"
+        torch.library.opcheck(groups, (rewards[:, 0].contiguous(), *grouping, 1e-4, baseline, "group", name))
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo warns of its own internals

@@ -23,9 +23,9 @@ from fastrl.adapters._measures import dropped, token_mean
 from fastrl.adapters._spec import lower_bound, named_spec
 from fastrl.adapters._versions import warn_outside
 from fastrl.critic import value_loss
+from fastrl.dtypes import wide
 from fastrl.functional import policy_loss
 from fastrl.options import Aggregation
-from fastrl.reference import wide
 from fastrl.reward_model import reward_model_loss
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec

@@ -13,9 +13,9 @@ from fastrl import _checks
 from fastrl.adapters.verl import config as configs
 from fastrl.adapters.verl.measures import Scored, measure
 from fastrl.correction import sequence_weights
+from fastrl.dtypes import wide
 from fastrl.functional import policy_loss
 from fastrl.options import Aggregation
-from fastrl.reference import wide
 from fastrl.rollouts import Rollouts
 
 _DEFAULT_AGGREGATION = {"gspo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean"}
