@@ -19,6 +19,7 @@ class LiveRows(NamedTuple):
     order: Tensor  # (n,) int64
     total: int  # how many there are
     grad_count: int  # how many of them, from the front, can carry a gradient
+    tokens: int  # how many rows the batch has
     ends: list[int]  # sequence boundaries within `order`, when the plan needs them
     found: Tensor | None = None  # (2,) the counts as the device knows them, to hold the caller's against
 
@@ -39,13 +40,13 @@ class LiveRows(NamedTuple):
             live = valid & live_sequences[sequence]
         elif flat.mask is None and not spec.vanishes and not row_counts:
             rows = torch.arange(flat.num_tokens, device=valid.device)
-            return cls(rows, flat.num_tokens, flat.num_tokens, [])
+            return cls(rows, flat.num_tokens, flat.num_tokens, flat.num_tokens, [])
         key = 2 - valid.int() - live.int()
         order = torch.argsort(key, stable=True)
         if not by_sequence:
             found = torch.stack([valid.sum(), live.sum()])
             counts = row_counts or found.tolist()
-            return cls(order[: counts[0]], counts[0], counts[1], [], found)
+            return cls(order[: counts[0]], counts[0], counts[1], flat.num_tokens, [], found)
         lengths, alive = torch.stack([flat.lengths, live_sequences.float()]).tolist()
         ends = [0]
         for wanted in (1.0, 0.0):
@@ -59,7 +60,12 @@ class LiveRows(NamedTuple):
             )
         # The second count is of whole sequences here, as read above: the caller's is not needed.
         found = torch.stack([valid.sum(), torch.full_like(valid.sum(), row_counts[1])]) if row_counts else None
-        return cls(order[: ends[-1]], ends[-1], grad_count, ends, found)
+        return cls(order[: ends[-1]], ends[-1], grad_count, flat.num_tokens, ends, found)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the order is that of the batch: every row counts and can carry a gradient."""
+        return self.grad_count == self.total == self.tokens
 
     def chunks(self, start: int, stop: int, limit: int) -> Iterator[Tensor]:
         """Rows start:stop in pieces of at most `limit`, on sequence boundaries if there are any."""

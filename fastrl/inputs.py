@@ -85,7 +85,7 @@ def check_ids_and_mask(token_ids: Tensor, mask: Tensor | None) -> None:
 
 
 def flat_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else (mask.reshape(-1) != 0).contiguous()
+    return None if mask is None else mask.reshape(-1).to(torch.bool).contiguous()
 
 
 def check_logits(logits: Tensor, token_ids: Tensor) -> Tensor:

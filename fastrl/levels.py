@@ -78,7 +78,8 @@ def hidden_score(
     def work(chunk: Chunk) -> None:
         backend.score(chunk.logits, scoring.at(chunk.rows), RowScores(*scores.unbind(0)))
 
-    project.run(pieces(_valid_rows(scoring), project.limit), work, grad=False)
+    valid = _valid_rows(scoring)
+    project.run(pieces(valid, project.limit), work, grad=False, in_order=len(valid) == hidden.shape[0])
     return scores
 
 
@@ -107,7 +108,8 @@ def hidden_score_grad(
     def work(chunk: Chunk) -> None:
         backend.differentiate(chunk.logits, scoring.at(chunk.rows), rows, dlogp, dentropy, chunk.gradient)
 
-    project.run(pieces(_valid_rows(scoring), project.limit), work, grad=True)
+    valid = _valid_rows(scoring)
+    project.run(pieces(valid, project.limit), work, grad=True, in_order=len(valid) == hidden.shape[0])
     return project.gradients()
 
 
@@ -148,14 +150,16 @@ def hidden_loss(
 
     if (longest > project.limit or kind == PlanKind.BATCH) and grad_count:
         rows = rows._replace(ends=[])
-        project.run(rows.chunks(0, rows.total, project.limit), passes.score, grad=False)
+        project.run(rows.chunks(0, rows.total, project.limit), passes.score, grad=False, in_order=rows.in_order)
         _, _, dlogp, dentropy = backend.token_loss(*passes.scores[:2], flat, normalizer, spec, grad=True)
         passes = passes.with_derivatives(dlogp, dentropy, scale)
-        project.run(rows.chunks(0, grad_count, project.limit), passes.differentiate, grad=True)
+        project.run(rows.chunks(0, grad_count, project.limit), passes.differentiate, grad=True, in_order=rows.in_order)
     else:
-        project.run(rows.chunks(0, grad_count, project.limit), passes.score_and_differentiate, grad=True)
+        work = passes.score_and_differentiate
+        project.run(rows.chunks(0, grad_count, project.limit), work, grad=True, in_order=rows.in_order)
         rows = rows._replace(ends=[])
-        project.run(rows.chunks(grad_count, rows.total, project.limit), passes.score, grad=False)
+        in_order = rows.in_order and not grad_count
+        project.run(rows.chunks(grad_count, rows.total, project.limit), passes.score, grad=False, in_order=in_order)
 
     loss, statistics, _, _ = backend.token_loss(*passes.scores[:2], flat, normalizer, spec, grad=False)
     if options.sparse_eps is not None:

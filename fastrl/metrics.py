@@ -139,8 +139,11 @@ class Metrics(Mapping[str, Tensor]):
         return Metrics(statistics, counts, self._names)
 
     def to_floats(self) -> dict[str, float]:
-        """All values as Python floats, in one transfer from the device."""
-        values = torch.stack([self[name] for name in self._names]).tolist()
+        """All values as Python floats: one transfer from the device, the arithmetic on the host."""
+        sums = torch.cat([self._statistics, self._counts]).cpu()
+        at = len(self._statistics)
+        host = Metrics(sums[:at], sums[at:], self._names)
+        values = torch.stack([host[name] for name in self._names]).tolist()
         return dict(zip(self._names, values, strict=True))
 
 

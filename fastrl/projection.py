@@ -16,6 +16,7 @@ from fastrl.rows import SparseRows
 
 _TILE_BYTES = 2**24  # of the head's weight held in a wider dtype where the library cannot widen by itself
 _PLACE_BYTES = 32  # of one place in a row's list: column and gradient, and both again while they are sorted
+_LARGE_HEAD = 2**24  # elements, from which on no library splits the sum over the rows and adds parts in half precision
 _ROWS_AT_ONCE = 64  # a CPU's library sums a row in an order that depends on how many there are: always as many
 
 
@@ -57,6 +58,7 @@ class Chunk(NamedTuple):
     """Some rows between the products."""
 
     rows: Tensor  # (r,) the tokens that they score
+    span: slice | Tensor  # the same, as a slice where they follow each other: nothing is gathered or scattered then
     hidden: Tensor  # (r, H)
     logits: Tensor  # (r, V)
     gradient: Tensor  # (r, V) of the logits, in their place unless they are fp32 beside half-precision operands
@@ -84,11 +86,20 @@ class Projection:
         self._buffers = [self._allocate(options, any(needs)) for _ in range(buffers)]
         self._taken = 0
         need_hidden, need_weight, need_bias = needs
+        self._whole = 0 < count <= self.limit  # one chunk: nothing is added up
         self.dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         sums, device = wide(weight.dtype), weight.device
-        self.dweight = torch.empty(weight.shape, dtype=sums, device=device) if need_weight else None
+        self.dweight = torch.empty(weight.shape, dtype=self._sums(), device=device) if need_weight else None
         self.dbias = torch.zeros(weight.shape[0], dtype=sums, device=device) if need_bias else None
         self._first = True
+
+    def _sums(self) -> torch.dtype:
+        """What the head's gradient is summed in: fp32 for a half-precision head, unless one bfloat16 product makes it
+        up, which a library rounds once as well. (float16 keeps fp32 for the loss scale to come.)"""
+        once = self._whole and self._sparse is None and self.weight.numel() >= _LARGE_HEAD
+        if once and self.weight.dtype == torch.bfloat16 and _library_widens(self.weight):
+            return self.weight.dtype
+        return wide(self.weight.dtype)
 
     def _allocate(self, options: HiddenOptions, grad: bool) -> _Buffer:
         shape, device = (self.limit, row_stride(self.weight.shape[0])), self.weight.device
@@ -101,16 +112,28 @@ class Projection:
         columns = torch.empty((self.limit, options.capacity), dtype=torch.int32, device=device)
         return _Buffer(logits, gradient, SparseRows(columns, torch.empty_like(columns, dtype=wide(dtype))))
 
-    def run(self, chunks: Iterable[Tensor], work: Callable[[Chunk], None], *, grad: bool, dense: bool = False) -> None:
+    def run(
+        self,
+        chunks: Iterable[Tensor],
+        work: Callable[[Chunk], None],
+        *,
+        grad: bool,
+        dense: bool = False,
+        in_order: bool = False,
+    ) -> None:
         """Logits, `work` on them, and with `grad` the products of their gradient, for each of several sets of rows.
+        `in_order`: the sets are all rows from the first on, in their order.
 
         With two buffers the logits of a chunk are computed before the gradient of the one before it is taken, so that
         on a GPU `work`, on a stream of its own, runs beside the products. Sums add up in the same order either way.
         """
         beside = _Beside.of(self.weight.device) if len(self._buffers) > 1 else None
         before: Chunk | None = None
+        first = 0
         for rows in chunks:
-            done = chunk = self._project(rows, dense)
+            last = first + rows.shape[0]
+            done = chunk = self._project(rows, slice(first, last) if in_order else rows, dense)
+            first = last
             if beside is None:
                 work(chunk)
             else:
@@ -124,14 +147,14 @@ class Projection:
             if grad and before is not None:
                 self._accumulate(before)
 
-    def _project(self, rows: Tensor, dense: bool) -> Chunk:
+    def _project(self, rows: Tensor, span: slice | Tensor, dense: bool) -> Chunk:
         """The logits of some tokens, in the next buffer."""
         buffer = self._buffers[self._taken % len(self._buffers)]
         self._taken += 1
         count, vocab = rows.shape[0], self.weight.shape[0]
         logits, gradient = buffer.logits[:count, :vocab], buffer.gradient[:count, :vocab]
         lists = None if dense or buffer.sparse is None else SparseRows(*(x[:count] for x in buffer.sparse))
-        chunk = Chunk(rows, self.hidden[rows], logits, gradient, lists)
+        chunk = Chunk(rows, span, self.hidden[span], logits, gradient, lists)
         if logits.dtype != self.weight.dtype:
             _widening_product(logits, chunk.hidden, self.weight, self.bias)
         elif self.bias is None:
@@ -145,8 +168,10 @@ class Projection:
         if chunk.sparse is not None:
             self._accumulate_lists(chunk, chunk.sparse)
             return
-        if self.dhidden is not None:
-            self.dhidden[chunk.rows] = torch.mm(chunk.gradient, self.weight)
+        if self.dhidden is not None and isinstance(chunk.span, slice):
+            torch.mm(chunk.gradient, self.weight, out=self.dhidden[chunk.span])
+        elif self.dhidden is not None:
+            self.dhidden[chunk.span] = torch.mm(chunk.gradient, self.weight)
         if self.dbias is not None:
             self.dbias += chunk.gradient.sum(0, dtype=self.dbias.dtype)
         if self.dweight is not None:

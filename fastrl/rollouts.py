@@ -271,18 +271,18 @@ class Rollouts:
 
     def _flatten(self) -> Flat:
         ids = self.token_ids.reshape(-1).long()
-        mask = None if self.mask is None else (self.mask.reshape(-1) != 0)
-        valid = torch.ones_like(ids, dtype=torch.float32) if mask is None else mask.float()
+        mask = None if self.mask is None else self.mask.reshape(-1).to(torch.bool)
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         cu, sequence_ids = None, None
         if self.cu_seqlens is None:
             width = self.token_ids.shape[1]
-            lengths = valid.view(self.token_ids.shape).sum(-1)
+            lengths = valid.view(self.token_ids.shape).sum(-1, dtype=torch.float32)
         else:
             width, cu = 0, self.cu_seqlens.long().contiguous()
             positions = torch.arange(ids.shape[0], device=ids.device)
             sequence_ids = torch.searchsorted(cu, positions, right=True).int() - 1
             sequence_ids = sequence_ids.clamp(0, max(self.num_sequences - 1, 0))
-            lengths = segment_sum(valid, sequence_ids.long(), self.num_sequences)
+            lengths = segment_sum(valid.float(), sequence_ids.long(), self.num_sequences)
         tokens = lengths.sum()
         counts = torch.stack([tokens, (lengths > 0).sum().float(), torch.zeros_like(tokens)])
         if cu is not None:  # off the CPU, offsets that do not cover the tokens are only visible to the device

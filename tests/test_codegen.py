@@ -57,7 +57,7 @@ def test_every_build_compiles_clean(reports):
 
 
 def _moves_in_16_bytes(row):
-    if row["kernel"].endswith("unaligned"):  # element by element, as the hardware demands
+    if "unaligned" in row["kernel"]:  # element by element, as the hardware demands
         assert row["load_bytes"] == 2, row
     elif row["vocabulary"]:
         assert row["load_bytes"] == 16, row

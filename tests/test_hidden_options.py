@@ -9,7 +9,7 @@ from common import BACKENDS, close, make_batch, truth_from_hidden
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrl
-from fastrl import projection, torch_backend
+from fastrl import compaction, projection, torch_backend
 
 TOKEN = fastrl.GRPO.replace(kl_coef=0.1, entropy_coef=0.02)
 PLANS = [
@@ -159,6 +159,45 @@ def test_the_order_of_work(overlap, monkeypatch):
     alternating = ["project", "accumulate"] * 3
     ahead = ["project", "project", "accumulate", "project", "accumulate", "accumulate"]
     assert order == (ahead if overlap else alternating)
+
+
+@pytest.mark.parametrize("spec", PLANS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_follow_each_other_are_not_gathered(backend, spec, monkeypatch):
+    """A batch whose rows all count takes slices, with the bits of the gathered rows."""
+    name, device = backend
+    batch = make_batch(B=6, device=device, garbage=False)
+    every = fastrl.Rollouts(
+        batch.rollouts.token_ids, None, 1 + torch.rand(6, device=device), old_logps=batch.rollouts.old_logps.nan_to_num(),
+        ref_logps=batch.rollouts.ref_logps.nan_to_num(),
+    )  # fmt: skip
+    batch.rollouts = every
+    spans = set()
+    project = projection.Projection._project
+    monkeypatch.setattr(projection.Projection, "_project", lambda *args: spans.add(type(args[2])) or project(*args))
+    out, gradients = run(batch, spec, name, buffer_bytes=7 * 48 * 4)
+    assert spans == {slice}
+    monkeypatch.setattr(compaction.LiveRows, "in_order", False)
+    again, same = run(batch, spec, name, buffer_bytes=7 * 48 * 4)
+    assert spans == {slice, torch.Tensor}
+    assert torch.equal(out.loss, again.loss) and all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+@pytest.mark.parametrize("rows", [100, 9])
+def test_one_bfloat16_product_is_not_held_in_fp32(rows, monkeypatch):
+    """Where a library sums in fp32 and rounds once, and nothing is added to it; elsewhere the head's gradient is."""
+    monkeypatch.setattr(projection, "_library_widens", lambda _: rows == 100)
+    monkeypatch.setattr(projection, "_LARGE_HEAD", 0)
+    batch = make_batch(B=6, dtype=torch.bfloat16)
+    with Sizes() as sizes:
+        _, gradients = run(batch, TOKEN, "torch", buffer_bytes=rows * 48 * 2)
+    shape = tuple(batch.weight.shape)
+    held = [size for _, size, seen in sizes.seen if seen == shape and size == 4 * batch.weight.numel()]
+    assert bool(held) == (rows == 9)
+    monkeypatch.undo()
+    _, wanted = run(batch, TOKEN, "torch", buffer_bytes=rows * 48 * 2)
+    for got, want in zip(gradients, wanted, strict=True):
+        close(got, want.double(), ulps=1, dtype=torch.bfloat16)
 
 
 def test_options_travel_as_numbers():

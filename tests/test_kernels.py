@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 
 import pytest
 import torch
-from common import BACKENDS, OPTIONS, close, make_batch, truth_from_logits
+from common import ACCELERATOR, BACKENDS, OPTIONS, close, make_batch, truth_from_logits
 
 import fastrl
 from fastrl import reference
@@ -110,6 +111,23 @@ def test_upstream_gradients_of_any_layout(backend, kind):
     leaf = logits.detach().cpu().double().requires_grad_()
     (want,) = torch.autograd.grad(reference.logprobs(leaf, ids.cpu())[0], leaf, gradient.cpu().double())
     close(got, want, ulps=32)
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_any_number_of_programs_scales_a_gradient(count, monkeypatch):
+    """Each element once, whoever takes it; and on a GPU no more programs than run at once."""
+    pytest.importorskip("triton", reason="needs triton")
+    scale = importlib.import_module("fastrl_kernels.scale")
+    x = torch.randn(5 * scale._BLOCK + 17, device=ACCELERATOR)
+    monkeypatch.setattr(scale, "programs", lambda *_: count)
+    got = x.clone()
+    scale.scale_(got, torch.tensor(2.5, device=ACCELERATOR))
+    assert torch.equal(got, x * 2.5)
+    scale.scale_(got, torch.tensor(1.0, device=ACCELERATOR))
+    assert torch.equal(got, x * 2.5)
+    monkeypatch.undo()
+    assert scale.programs(2**31, "sm_90") == 8 * 132 and scale.programs(2**31, "interpreter") == 2**19
+    assert scale.programs(4097, "sm_90") == 2
 
 
 @pytest.mark.parametrize("where", ["first tile", "last tile", "scattered", "all but one"])

@@ -44,7 +44,7 @@ def small_tiles(monkeypatch):
 def set_schedule(monkeypatch, *, few=False, by_ticket=False):
     for module in (logprob, fused):
         monkeypatch.setattr(module, "few_rows", lambda *_: few)
-    monkeypatch.setattr(fused, "takes_tickets", lambda *_: by_ticket)
+    monkeypatch.setattr(fused, "takes_tickets", lambda *_, **__: by_ticket)
     if by_ticket and not HAS_GPU:
         monkeypatch.setattr(ticket, "_fused_ticket_kernel", InThreads(ticket._fused_ticket_kernel))
 
@@ -198,6 +198,9 @@ def test_tickets_never_in_the_interpreter():
         assert not ticket.takes_tickets(151936, 2, "interpreter")
         assert ticket.takes_tickets(151936, 2, "sm_90")
         assert not ticket.takes_tickets(1000, 2, "sm_90")  # one tile
+        tiles = -(-151936 // tune.row_config(151936, 2, "sm_90").block_v)
+        assert ticket.takes_tickets(151936, 2, "sm_90", multiprocessors=2 * tiles)
+        assert not ticket.takes_tickets(151936, 2, "sm_90", multiprocessors=2 * tiles - 1)  # a slice of the chip
     assert not ticket.takes_tickets(151936, 2, "sm_90")  # not measured to win
 
 

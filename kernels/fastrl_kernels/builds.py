@@ -35,8 +35,27 @@ class Build:
     logits_names: tuple[str, ...] = field(default=("logits_ptr", "dlogits_ptr", "x_ptr"))
 
 
-def builds(vocab_size: int = 151936) -> Iterator[Build]:
-    """Every kernel in the specialisations that the presets and options reach."""
+VOCABULARY = 151936
+OTHER_VOCABULARIES = (32000, 262144)
+"""Each chooses another number of threads than `VOCABULARY` on some architecture."""
+_BY_VOCABULARY = (
+    "logprob_fwd-bf16", "logprob_fwd-unaligned", "fused-grpo-bf16", "fused-grpo-fp32", "fused-k3-full",
+    "fused-unaligned", "fused-ticket-full",
+)  # fmt: skip
+
+
+def builds() -> Iterator[Build]:
+    """Every kernel in the specialisations that the presets and options reach, for one vocabulary; the largest of those
+    that sum a row for others as well."""
+    yield from builds_of(VOCABULARY)
+    for vocab_size in OTHER_VOCABULARIES:
+        for build in builds_of(vocab_size):
+            if build.name in _BY_VOCABULARY:
+                yield dataclasses.replace(build, name=f"{build.name}-V{vocab_size}")
+
+
+def builds_of(vocab_size: int) -> Iterator[Build]:
+    """Every kernel for one vocabulary."""
     plain = ("rows_ptr", "temperature_ptr", "softcap", "mask_ptr")
     forward, backward = logprob._logprob_fwd_kernel, logprob._logprob_bwd_kernel
     for dtype in ("bf16", "fp16", "fp32"):

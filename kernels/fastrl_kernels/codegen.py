@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .builds import Build, builds
-from .tune import RowConfig
+from .tune import ROWS, STRIDES, RowConfig
 
 __all__ = ["ARCHITECTURES", "Build", "builds", "compile_build", "report"]
 
@@ -28,10 +28,10 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _STRIDES = ("stride_b", "stride_t", "out_stride_b", "out_stride_t", "stride_w", "stride_h")
-_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "order_ptr", *_STRIDES)
+_INT64 = ("ids_ptr", "rows_ptr", "cu_ptr", "order_ptr", "numel", *_STRIDES)
 _INT32 = (
     "sequence_ptr", "ticket_ptr", "arrived_ptr", "columns_ptr", "number_ptr", "offsets_ptr", "T", "out_T", "V", "H",
-    "N", "G", "first_sequence", "first", "numel", "R", "K",
+    "N", "G", "first_sequence", "first", "R", "K",
 )  # fmt: skip
 _BYTES = ("mask_ptr", "varies_ptr")
 _ALIGNED = ("V", "H", *_STRIDES)
@@ -57,10 +57,13 @@ def compile_build(build: Build, arch: str) -> Any:
     names, config = build.kernel.arg_names, build.config(arch)
     absent = {name: None for name in build.absent if name in names}
     constexprs = {**build.constexprs, **absent}
+    if "ALIGNED" in names:
+        constexprs["ALIGNED"] = build.aligned
     if isinstance(config, RowConfig):
         constexprs |= {name: x for name, x in (("BLOCK_V", config.block_v), ("TILES", config.tiles)) if name in names}
     signature = {name: "constexpr" if name in constexprs else _argument_type(name, build) for name in names}
-    unaligned = () if build.aligned else (*build.logits_names, *_ALIGNED)
+    untold = (*ROWS, *STRIDES) if "ALIGNED" in names else ()  # as the launch does not specialise on them
+    unaligned = untold if build.aligned else (*build.logits_names, *_ALIGNED)
     aligned = [
         i
         for i, name in enumerate(names)

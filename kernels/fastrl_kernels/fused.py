@@ -18,24 +18,36 @@ from .logprob import (
     logprob_bwd,
     num_rows,
     row_strides,
+    rows_aligned,
     scores_of_parts,
     store_scores,
     tile_statistics_of_rows,
 )
 from .row_gradient import write_row_gradient, write_zero_row
-from .softmax import is_valid, load_target, row_factor, row_start, row_statistics, token_of_row
+from .softmax import is_valid, load_target, row_at, row_factor, row_statistics, token_of_row
 from .ticket import launch_by_ticket, takes_tickets
 from .token_fns import entropy_cotangent, logp_cotangent
-from .tune import PER_ROW, architecture, few_rows, on_device, row_config
+from .tune import (
+    PER_ROW,
+    ROWS,
+    STRIDES,
+    architecture,
+    compile_ahead,
+    few_rows,
+    multiprocessors,
+    on_device,
+    row_config,
+    variant_of,
+)
 
 
-@triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
 def _fused_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
     advantages_ptr, weights_ptr, entropy_weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
     logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
 
-    stride_b, stride_t, out_stride_b, out_stride_t,
+    stride_b: tl.int64, stride_t: tl.int64, out_stride_b: tl.int64, out_stride_t: tl.int64,
 
     T, out_T, V,
 
@@ -44,14 +56,14 @@ def _fused_kernel(
     lower, upper, reject_lower, reject_upper,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
     CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr,
-    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One row per program: 2V bytes read for the statistics, the same less one tile read again (from L2 as far as it
     holds the row) and 2V written for the gradient (bf16). A masked row, or one with a zero coefficient, reads no more
     and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
     n = token_of_row(i, rows_ptr)
-    row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+    row_ptr = row_at(logits_ptr, i, T, stride_b, stride_t, ALIGNED)
     valid = is_valid(mask_ptr, n)
     f = row_factor(factor, temperature_ptr, n)
     m = tl.full((), 0.0, tl.float32)
@@ -78,7 +90,7 @@ def _fused_kernel(
         live = live | (valid & (e != 0))
     # In place, the gradient overwrites logits that the whole program must have read before.
     tl.debug_barrier()
-    out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
+    out_ptr = row_at(dlogits_ptr, i, out_T, out_stride_b, out_stride_t, ALIGNED)
     if live:
         write_row_gradient(last, row_ptr, out_ptr, V, target, logp, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     else:
@@ -151,7 +163,8 @@ def fused_loss_grad(
     count, V, arch = num_rows(logits), logits.shape[-1], architecture(logits.device)
     if count == 0:
         return
-    config = row_config(V, logits.element_size(), arch, transform["softcap"] is not None)
+    kind = (V, logits.element_size(), arch, transform["softcap"] is not None)
+    config = row_config(*kind)
     tokens = (ids, as_bytes(mask), rows, temperature)
     given = (advantages, weights, entropy_weights, old, ref, rollout, policy_weights)
     scores, cotangents = (logp, entropy, row_max, log_sum), (dlogp, dentropy)
@@ -161,15 +174,18 @@ def fused_loss_grad(
     strides = (stride_b, stride_t, out_stride_b, out_stride_t, T, out_T)
     arguments = (logits, dlogits, *tokens, *given, *scores, *cotangents, *strides)
     options = {"V": V, "log_vocab": math.log(V), **transform, **numbers, **structure, **block}
+    options["ALIGNED"] = rows_aligned(logits, dlogits)
+    variant = variant_of(_fused_kernel, arguments, options)
     with on_device(logits):
-        if few_rows(count, arch):
+        if few_rows(count, arch, variant):
             parts = tile_statistics_of_rows(logits, *tokens, config, **transform)
             _parts_to_cotangents_kernel[(count,)](
                 parts, *tokens, *given, *scores, *cotangents, V, math.log(V), transform["factor"],
                 **numbers, **structure, **block,
             )  # fmt: skip
             logprob_bwd(logits, dlogits, ids, mask, rows, temperature, *scores, *cotangents, **transform)
-        elif takes_tickets(V, logits.element_size(), arch, transform["softcap"] is not None):
+            compile_ahead(_fused_kernel, variant, *arguments, **options)
+        elif takes_tickets(*kind, multiprocessors=multiprocessors(logits.device)):
             launch_by_ticket(*arguments, **options)
         else:
             _fused_kernel[(count,)](*arguments, **options)

@@ -15,27 +15,39 @@ from .softmax import (
     is_valid,
     load_target,
     load_tile,
+    row_at,
     row_factor,
     row_scores,
-    row_start,
     row_statistics,
     target_logit,
     tile_statistics,
     token_of_row,
 )
-from .tune import PER_ROW, RowConfig, architecture, few_rows, on_device, row_config, tile_config
+from .tune import (
+    PER_ROW,
+    ROWS,
+    STRIDES,
+    RowConfig,
+    architecture,
+    compile_ahead,
+    few_rows,
+    on_device,
+    row_config,
+    tile_config,
+    variant_of,
+)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
 def _logprob_fwd_kernel(
     logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
 
-    stride_b, stride_t,
+    stride_b: tl.int64, stride_t: tl.int64,
 
     T, V,
 
     log_vocab, factor, softcap, inner,
-    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One row per program, 2V bytes read (bf16), 16 bytes written. A masked row reads nothing and writes zeros."""
     i = tl.program_id(0).to(tl.int64)
@@ -44,7 +56,7 @@ def _logprob_fwd_kernel(
     log_s, entropy, logp = m, m, m
     if is_valid(mask_ptr, n):
         f = row_factor(factor, temperature_ptr, n)
-        row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+        row_ptr = row_at(logits_ptr, i, T, stride_b, stride_t, ALIGNED)
         target = load_target(ids_ptr, n, V)
         _, m, log_s, entropy, logp = row_statistics(
             row_ptr, target, V, log_vocab, f, softcap, inner, False, BLOCK_V, TILES
@@ -61,16 +73,16 @@ def store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, 
     tl.store(log_sum_ptr + n, log_s)
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
 def _tile_statistics_kernel(
     logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, parts_ptr,
 
-    stride_b, stride_t,
+    stride_b: tl.int64, stride_t: tl.int64,
 
     T, V,
 
     factor, softcap, inner,
-    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row per program: its m, s and q to `parts` (n, 4, TILES), whose last plane begins with the target's
     logit. 2 bytes read per logit (bf16), 12 written per tile."""
@@ -80,7 +92,7 @@ def _tile_statistics_kernel(
     n = token_of_row(i, rows_ptr)
     if is_valid(mask_ptr, n):
         f = row_factor(factor, temperature_ptr, n)
-        row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+        row_ptr = row_at(logits_ptr, i, T, stride_b, stride_t, ALIGNED)
         target = load_target(ids_ptr, n, V)
         store_part(row_ptr, parts_ptr + i * 4 * TILES, j, target, V, f, softcap, inner, BLOCK_V, TILES)
 
@@ -131,17 +143,17 @@ def _parts_to_scores_kernel(
     store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
 
 
-@triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
 def _logprob_bwd_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
     dlogp_ptr, dentropy_ptr,
 
-    stride_b, stride_t, out_stride_b, out_stride_t,
+    stride_b: tl.int64, stride_t: tl.int64, out_stride_b: tl.int64, out_stride_t: tl.int64,
 
     T, out_T, V,
 
     factor, softcap, inner,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row per program, since nothing is added up: 2 bytes read and 2 written per logit (bf16); a tile of
     a masked row, or of one whose cotangents are both zero, only writes its zeros."""
@@ -149,7 +161,7 @@ def _logprob_bwd_kernel(
     pid = tl.program_id(0)
     i, start = (pid // tiles).to(tl.int64), pid % tiles * BLOCK_V
     n = token_of_row(i, rows_ptr)
-    out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
+    out_ptr = row_at(dlogits_ptr, i, out_T, out_stride_b, out_stride_t, ALIGNED)
     live = is_valid(mask_ptr, n)
     c = tl.full((), 0.0, tl.float32)
     e = None
@@ -164,7 +176,7 @@ def _logprob_bwd_kernel(
         live = live & (c != 0)
     if live:
         f = row_factor(factor, temperature_ptr, n)
-        row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+        row_ptr = row_at(logits_ptr, i, T, stride_b, stride_t, ALIGNED)
         m, log_s, entropy = tl.load(max_ptr + n), tl.load(log_sum_ptr + n), tl.load(entropy_ptr + n)
         target = load_target(ids_ptr, n, V)
         write_tile_gradient(
@@ -179,6 +191,14 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
     if x.ndim == 3:
         return x.stride(0), x.stride(1), max(x.shape[1], 1)
     return x.stride(0), 0, 1
+
+
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    return all(
+        not any(at % 16 for at in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])))
+        for x in tensors
+    )
 
 
 def num_rows(x: Tensor) -> int:
@@ -209,20 +229,20 @@ def logprob_fwd(
     if count == 0:
         return
     config = row_config(V, logits.element_size(), arch, softcap is not None)
-    block = {"BLOCK_V": config.block_v, "TILES": config.tiles}
+    block = {"BLOCK_V": config.block_v, "TILES": config.tiles, "num_warps": config.num_warps}
     tokens = (ids, as_bytes(mask), rows, temperature)
     scores = (logp, entropy, row_max, log_sum)
+    arguments = (logits, *tokens, *scores, *row_strides(logits))
+    transform = {"factor": factor, "softcap": softcap, "inner": inner}
+    options = {"V": V, "log_vocab": math.log(V), **transform, **block, "ALIGNED": rows_aligned(logits)}
+    variant = variant_of(_logprob_fwd_kernel, arguments, options)
     with on_device(logits):
-        if not few_rows(count, arch):
-            _logprob_fwd_kernel[(count,)](
-                logits, *tokens, *scores, *row_strides(logits), V, math.log(V), factor, softcap, inner,
-                **block, num_warps=config.num_warps,
-            )  # fmt: skip
+        if not few_rows(count, arch, variant):
+            _logprob_fwd_kernel[(count,)](*arguments, **options)
             return
-        parts = tile_statistics_of_rows(logits, *tokens, config, factor=factor, softcap=softcap, inner=inner)
-        _parts_to_scores_kernel[(count,)](
-            parts, *tokens, *scores, V, math.log(V), factor, **block, num_warps=config.num_warps
-        )
+        parts = tile_statistics_of_rows(logits, *tokens, config, **transform)
+        _parts_to_scores_kernel[(count,)](parts, *tokens, *scores, V, math.log(V), factor, **block)
+        compile_ahead(_logprob_fwd_kernel, variant, *arguments, **options)
 
 
 def tile_statistics_of_rows(
@@ -242,7 +262,7 @@ def tile_statistics_of_rows(
     parts = torch.empty((count, 4, config.tiles), dtype=torch.float32, device=logits.device)
     _tile_statistics_kernel[(count * triton.cdiv(V, config.block_v),)](
         logits, ids, mask, rows, temperature, parts, *row_strides(logits), V, factor, softcap, inner,
-        BLOCK_V=config.block_v, TILES=config.tiles, num_warps=config.num_warps,
+        BLOCK_V=config.block_v, TILES=config.tiles, ALIGNED=rows_aligned(logits), num_warps=config.num_warps,
     )  # fmt: skip
     return parts
 
@@ -276,5 +296,5 @@ def logprob_bwd(
         _logprob_bwd_kernel[(count * triton.cdiv(V, config.block_v),)](
             logits, dlogits, ids, as_bytes(mask), rows, temperature, logp, entropy, row_max, log_sum, dlogp, dentropy,
             stride_b, stride_t, out_stride_b, out_stride_t, T, out_T, V, factor, softcap, inner,
-            config.block_v, num_warps=config.num_warps,
+            config.block_v, rows_aligned(logits, dlogits), num_warps=config.num_warps,
         )  # fmt: skip

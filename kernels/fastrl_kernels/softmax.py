@@ -55,11 +55,18 @@ def transform(x, softcap, inner):
 
 
 @triton.jit
-def row_start(i, T, stride_b, stride_t):
-    """Offset of row i of a (B, T, V) tensor with any strides; i is int64, but a grid has fewer than 2³¹ rows: the
-    division is of 32 bits, the products of 64."""
+def row_at(ptr, i, T, stride_b, stride_t, ALIGNED: tl.constexpr):
+    """Where row i of a (B, T, V) tensor of any strides begins; i is int64, but a grid has fewer than 2³¹ rows: the
+    division is of 32 bits, the products of 64.
+
+    ALIGNED: every row begins at a multiple of 16 bytes. Told here and not read off the strides: for an odd vocabulary
+    T·V is a multiple of 16 at some lengths, each of which would be compiled anew.
+    """
     row = i.to(tl.int32)
-    return (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+    ptr += (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
 
 
 @triton.jit

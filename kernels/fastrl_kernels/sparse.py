@@ -97,7 +97,7 @@ def _sparsify_kernel(
     logits_ptr, ids_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
     dlogp_ptr, dentropy_ptr, columns_ptr, gradients_ptr, number_ptr, dropped_ptr,
 
-    stride_b,
+    stride_b: tl.int64,
 
     V,
 

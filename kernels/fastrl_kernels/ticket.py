@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .logprob import num_rows, scores_of_parts, store_part, store_scores
 from .row_gradient import store_tile, target_gradient, tile_gradient, write_zeros
-from .softmax import is_valid, load_target, row_factor, row_start, token_of_row
+from .softmax import is_valid, load_target, row_at, row_factor, token_of_row
 from .token_fns import entropy_cotangent, logp_cotangent
-from .tune import CHIPS, PER_ROW, row_config
+from .tune import CHIPS, PER_ROW, ROWS, STRIDES, row_config
 
 WINS: frozenset[str] = frozenset()
 """Architectures on which it was measured to be faster than a row per program: none, it has not been timed yet."""
@@ -34,25 +34,32 @@ def tickets(use: bool) -> Iterator[None]:
         _forced.reset(token)
 
 
-def takes_tickets(vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = False) -> bool:
-    """Whether rows of this vocabulary go by ticket. A row of one tile has nobody to wait for; the tiles of a row must
-    be resident together, one per multiprocessor at worst; the interpreter, which runs one program after another, would
-    wait forever."""
+def takes_tickets(
+    vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = False, *, multiprocessors: int | None = None
+) -> bool:
+    """Whether rows of this vocabulary go by ticket. A row of one tile has nobody to wait for; the interpreter, which
+    runs one program after another, would wait forever.
+
+    The tiles of a row must be resident together, one per multiprocessor at worst, and beside those of another such
+    launch on another stream. `multiprocessors` is how many the device has, which may be fewer than its architecture
+    stands for: a smaller chip of the family, or a slice of one.
+    """
     forced = _forced.get()
     if arch not in CHIPS or not (arch in WINS if forced is None else forced):
         return False
     tiles = -(-vocab_size // row_config(vocab_size, dtype_bytes, arch, softcap).block_v)
-    return 1 < tiles <= CHIPS[arch].multiprocessors
+    there = CHIPS[arch].multiprocessors if multiprocessors is None else multiprocessors
+    return 1 < tiles <= there // 2
 
 
-@triton.jit(do_not_specialize=["T", "out_T"], do_not_specialize_on_alignment=PER_ROW)
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
 def _fused_ticket_kernel(
     parts_ptr, arrived_ptr, ticket_ptr,
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
     advantages_ptr, weights_ptr, entropy_weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
     logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dentropy_ptr,
 
-    stride_b, stride_t, out_stride_b, out_stride_t,
+    stride_b: tl.int64, stride_t: tl.int64, out_stride_b: tl.int64, out_stride_t: tl.int64,
 
     T, out_T, V,
 
@@ -61,7 +68,7 @@ def _fused_ticket_kernel(
     lower, upper, reject_lower, reject_upper,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, KL_GRADIENT: tl.constexpr,
     CORRECTION: tl.constexpr, MODE: tl.constexpr, REJECT: tl.constexpr,
-    BLOCK_V: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row per program: 2 bytes read and 2 written per logit (bf16), 24 per tile beside them.
 
@@ -75,7 +82,7 @@ def _fused_ticket_kernel(
     i, j = (ticket // tiles).to(tl.int64), ticket % tiles
     start = j * BLOCK_V
     n = token_of_row(i, rows_ptr)
-    row_ptr = logits_ptr + row_start(i, T, stride_b, stride_t)
+    row_ptr = row_at(logits_ptr, i, T, stride_b, stride_t, ALIGNED)
     part_ptr = parts_ptr + i * 4 * TILES
     valid = is_valid(mask_ptr, n)
     f = row_factor(factor, temperature_ptr, n)
@@ -106,7 +113,7 @@ def _fused_ticket_kernel(
         tl.store(dlogp_ptr + n, c)
         if entropy_coef is not None:
             tl.store(dentropy_ptr + n, e)
-    out_ptr = dlogits_ptr + row_start(i, out_T, out_stride_b, out_stride_t)
+    out_ptr = row_at(dlogits_ptr, i, out_T, out_stride_b, out_stride_t, ALIGNED)
     if live:
         own = target_gradient(logp, entropy, c, e, f)
         g = tile_gradient(x.to(tl.float32), start, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ PER_ROW = [
 ]  # fmt: skip
 """Pointers that a row kernel reads one number from. Their alignment changes with N and with views of them, and must not
 compile another variant."""
+ROWS = ["logits_ptr", "dlogits_ptr"]
+"""Their alignment is told by a constexpr, together with that of the strides; see `row_at`."""
+STRIDES = ["T", "out_T", "stride_b", "stride_t", "out_stride_b", "out_stride_t"]
+"""How rows lie: no compiled variant depends on it."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,13 @@ def row_config(vocab_size: int, dtype_bytes: int, arch: str, softcap: bool = Fal
 
     A program of 256 threads, or of more where so many rows in flight would not stay in the cache between the two sweeps
     of the one-pass kernel; a row in flight holds half of its bytes on average. The same for every kernel that sums a
-    row, so that scoring and training give the same bits. An unknown architecture takes the small program.
+    row, so that scoring and training give the same bits. An unknown architecture takes the small program. Rows of a
+    vocabulary that is no multiple of 8 are moved element by element, and the addresses leave no registers for 1024
+    threads.
     """
     chip = CHIPS.get(arch)
-    threads = 256
-    while chip and threads < 1024 and not _stay_in_cache(chip, threads, vocab_size * dtype_bytes):
+    threads, most = 256, 512 if vocab_size % 8 else 1024
+    while chip and threads < most and not _stay_in_cache(chip, threads, vocab_size * dtype_bytes):
         threads *= 2
     per_thread = 8 if softcap else 16
     block_v = min(threads * per_thread, max(16, triton.next_power_of_2(vocab_size)))
@@ -92,9 +99,36 @@ def warp_size(arch: str) -> int:
     return CHIPS[arch].warp_size if arch in CHIPS else 32
 
 
-def few_rows(rows: int, arch: str) -> bool:
-    """Whether so few rows leave multiprocessors idle that the tiles of a row should be programs of their own."""
-    return rows < (CHIPS[arch].multiprocessors if arch in CHIPS else 0)
+def few_rows(rows: int, arch: str, variant: tuple[Any, ...] = ()) -> bool:
+    """Whether so few rows leave multiprocessors idle that the tiles of a row should be programs of their own.
+
+    Not once `variant` has met more rows: both ways give the same bits, and a new number of rows must compile nothing.
+    """
+    few = variant not in _met_many and rows < (CHIPS[arch].multiprocessors if arch in CHIPS else 0)
+    if not few:
+        _met_many.add(variant)
+    return few
+
+
+_met_many: set[tuple[Any, ...]] = set()
+_compiled_ahead: set[tuple[Any, ...]] = set()
+
+
+def variant_of(kernel: Any, arguments: Iterable[Any], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a compiled variant of a kernel depends on: which arguments are there, their dtypes, V and the constexprs."""
+    present = tuple(x.dtype if isinstance(x, torch.Tensor) else x is None for x in arguments)
+    return (
+        kernel,
+        present,
+        tuple((name, x is None if isinstance(x, float | None) else x) for name, x in options.items()),
+    )
+
+
+def compile_ahead(kernel: Any, variant: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
+    """Compile, once, what the first launch with more rows would need, so that it need not wait."""
+    if variant not in _compiled_ahead:
+        _compiled_ahead.add(variant)
+        kernel.warmup(*arguments, grid=(1,), **options)
 
 
 def token_config(by_sequence: bool = False) -> TokenConfig:
@@ -109,11 +143,21 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def _architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
+    properties = _properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     family = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100" if properties.major >= 10 else "")
     return family or f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors(device: torch.device) -> int | None:
+    """How many the device has, whatever its architecture; None on the CPU."""
+    return _properties(device.index or 0).multi_processor_count if device.type == "cuda" else None
+
+
+@functools.cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
 
 
 def on_device(tensor: torch.Tensor) -> Any:
