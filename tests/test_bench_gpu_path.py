@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,11 +180,21 @@ def test_a_profiler_that_sees_nothing_measured_nothing(monkeypatch: pytest.Monke
 
 
 def test_the_names_of_tritons_kernels() -> None:
+    """As their sources define them: `@triton.jit`, maybe more decorators, `def name_kernel`."""
     pytest.importorskip("triton")
-    import fastrl_kernels.scale as module
+    import fastrl_kernels
 
-    (name,) = (n for n, value in vars(module).items() if n.endswith("kernel") and hasattr(value, "fn"))
-    found = kernels.summary([(name, 1.0), ("Memcpy DtoH", 1.0), ("void at::native::fill", 1.0)])
+    folder = Path(fastrl_kernels.__file__).parent
+    sources = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    written = {
+        stem: re.findall(r"@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\(", text) for stem, text in sources.items()
+    }
+    for stem in written:
+        if written[stem]:
+            importlib.import_module(f"fastrl_kernels.{stem}")
+    names = [name for found in written.values() for name in found]
+    assert len(names) > 10 and set(names) <= kernels.triton_names()
+    found = kernels.summary([(names[0], 1.0), ("Memcpy DtoH", 1.0), ("void at::native::fill", 1.0)])
     assert found == {"ms": 0.003, "launches": 3, "triton": 1}
 
 
