@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import logging
-import math
+import os
 import re
 import sys
 import time
@@ -20,7 +21,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bench import codegen, cost, machine, memory, plots, readme, report, runner, suites, targets
+from bench import machine, memory, plots, report, runner, suites, targets
+from bench import rows as every_row
+from bench.budget import Budget
 from bench.case import Case
 from bench.quiet import undisturbed
 from bench.timing import copy_bandwidth, gemm_rate
@@ -29,7 +32,8 @@ DESCRIPTION = """Time and memory of fastrl against plain torch, torch.compile, L
 
 Every provider is first held against a float64 oracle, values and every gradient; one whose error exceeds twice
 that of plain torch in the same dtype is reported as wrong and gets no speed. Providers are timed in turns, on
-inputs made anew outside the clock, and once more ("cold ms") after other data went through the caches. Rounds in
+inputs made anew outside the clock, and once more ("cold ms") after other data went through the caches. On a GPU "ms" is
+the device's time while the host runs ahead, "wall ms" that of a call on an idle device, Python included. Rounds in
 which other processes took over a tenth of the CPU are dropped for all providers alike; speed-ups are paired round
 by round, and withheld where the times are too scattered. "first ms" is one call of one fresh process. Shares are of
 this machine's own copy bandwidth and GEMM rate.
@@ -43,7 +47,8 @@ suites:
   cpu      time and memory of the hidden level over N, H and V, on the CPU only
   all      all of them
   targets  the cases of bench/targets.py with the providers that each is compared with, and the verdicts;
-           with --budget 480 in eight minutes on one GPU, with --device cpu those of the CPU
+           with --device cpu those of the CPU. --budget 480 is a budget of eight minutes, not a promise that all of
+           them fit: cases without room are skipped, with a note
 
 The provider "floor" is no implementation: the bare copy of the logits, or the bare matrix products, in the same rounds.
 
@@ -54,6 +59,10 @@ ON_CPU = (
     "[bold yellow]{}mall cases on the CPU, where fastrl runs in plain torch. "
     "These numbers say nothing about the Triton kernels.[/]"
 )
+
+
+TOOLS = ("codegen", "cost", "readme")
+"""Commands with options of their own, and the modules that hold them."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,8 +78,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     made.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no case after this time; what is left out is noted"
-    )
+        "--budget", type=float, metavar="SECONDS",
+        help="start no case that would end after this time, going by the one before; what is left out is noted",
+    )  # fmt: skip
     made.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
         help="folder for the JSON (default: bench/results)",
@@ -85,11 +95,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    for name, tool in (("codegen", codegen), ("cost", cost), ("readme", readme)):
-        if arguments[:1] == [name]:
-            sub = argparse.ArgumentParser(prog=f"python -m bench {name}", description=tool.__doc__)
-            tool.add_arguments(sub)
-            return tool.main(sub.parse_args(arguments[1:]))
+    if arguments[:1] and arguments[0] in TOOLS:
+        return _tool(arguments[0], arguments[1:])
     options = parser().parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,36 +116,46 @@ def main(arguments: list[str]) -> int:
     return _benchmark(cases, options)
 
 
+def _tool(name: str, arguments: list[str]) -> int:
+    """Imported here: Triton asks once, when it is imported, whether its kernels run in the interpreter."""
+    if name == "cost":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    tool = importlib.import_module(f"bench.{name}")
+    sub = argparse.ArgumentParser(prog=f"python -m bench {name}", description=tool.__doc__)
+    tool.add_arguments(sub)
+    return tool.main(sub.parse_args(arguments))
+
+
 def _benchmark(cases: list[Case], options: argparse.Namespace) -> int:
     """Run the cases; the JSON is written after each, so that an interrupted run keeps what it has."""
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    start = time.monotonic()
+    budget = Budget(options.budget)
     path = options.out / f"{options.name or default_name(options)}.json"
     if options.device == "cpu":
         console.print(ON_CPU.format("S" if torch.cuda.is_available() else "No GPU here: s"))
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the ceilings", total=len(cases))
-        ceilings = _ceilings(cases, options.device, tries=1 if options.quick else 10)
+        ceilings = _ceilings(cases, options.device, options.quick)
         console.print(
             "ceilings: "
             + ", ".join(f"{name} {'disturbed' if x is None else f'{x:.4g}'}" for name, x in ceilings.items())
         )
         document = _document(options, ceilings)
         for i, case in enumerate(cases):
-            left = math.inf if options.budget is None else options.budget - (time.monotonic() - start)
-            rows = _rows(case, options, ceilings, left, len(cases) - i, partial(_say, progress, task))
+            rows = _rows(case, options, ceilings, budget, len(cases) - i, partial(_say, progress, task))
             document["rows"] += rows
             report.write(path, document)
             console.print(report.table(rows))
             progress.advance(task)
     found = [] if options.quick else list(targets.verdicts(document["rows"]))  # tiny shapes say nothing of them
+    name = document["machine"]["cpu" if options.device == "cpu" else "gpu"]
     if found:
-        console.print(report.verdict_table(found, options.device))
+        where = "the CPU, against plain torch" if options.device == "cpu" else name
+        console.print(report.verdict_table(found, where))
     console.print(f"written: {path}", soft_wrap=True)
     if options.plot:
-        title = document["machine"]["gpu"] if options.device != "cpu" else document["machine"]["cpu"]
-        for written in plots.draw(path, document["rows"], title):
+        for written in plots.draw(path, document["rows"], name):
             console.print(f"written: {written}", soft_wrap=True)
     return 0
 
@@ -151,26 +168,30 @@ def _rows(
     case: Case,
     options: argparse.Namespace,
     ceilings: dict[str, float | None],
-    left: float,
+    budget: Budget,
     cases_left: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run a case in its share of the seconds left, or note that there are none. Half of the share goes to the rounds:
-    the oracle, compiling and memory need the rest."""
-    if left <= 0:
-        return runner.skipped(case, options.providers, f"the budget of {options.budget:g} s was spent")
-    seconds = min(runner.SECONDS_PER_CASE, left / cases_left / 2)
-    return runner.run_case(case, options.providers, ceilings, options.quick, say, seconds)
+    """Run a case in its share of the seconds left, or note that there is no room for it."""
+    seconds = budget.share(cases_left)
+    if seconds is None:
+        return every_row.skipped(case, options.providers, f"the budget of {options.budget:g} s was spent")
+    start = time.monotonic()
+    rows = runner.run_case(case, options.providers, ceilings, options.quick, say, seconds)
+    budget.took(time.monotonic() - start)
+    return rows
 
 
-def _ceilings(cases: list[Case], device: str, tries: int) -> dict[str, float | None]:
+def _ceilings(cases: list[Case], device: str, quick: bool) -> dict[str, float | None]:
     """copy_gbs: GB/s read plus written; gemm_DTYPE_tflops: TFLOP/s for each dtype of a case with products. None where
-    other processes never let it be measured; a quick run takes what comes."""
+    other processes never let it be measured; a quick run takes what comes, and so does a GPU, whose rates do not wait
+    for a quiet processor."""
+    tries = 1 if quick or device != "cpu" else 10
     dtypes = sorted({case.shape.dtype for case in cases if case.least_flops})
     measures = {"copy_gbs": lambda: copy_bandwidth(device)}
     measures |= {f"gemm_{dtype}_tflops": lambda dtype=dtype: gemm_rate(dtype, device) for dtype in dtypes}
     found = {name: undisturbed(measure, tries) for name, measure in measures.items()}
-    return {name: rate if fair or tries == 1 or device != "cpu" else None for name, (rate, fair) in found.items()}
+    return {name: rate if fair or tries == 1 else None for name, (rate, fair) in found.items()}
 
 
 def _document(options: argparse.Namespace, ceilings: dict[str, float | None]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,9 @@ class Provider:
     """Changes what is timed but not what is checked: fastrl on the dense batch, beside the realistic one."""
     floor: bool = False
     """Not an implementation but the same bytes or products alone: timed in the same rounds, not checked."""
+    forward: Callable[[Inputs], Callable[[], Any]] | None = None
+    """Inputs to the loss call alone, on what a step builds beside it: its kernels are counted by themselves. None: a
+    step is one call and has nothing beside it."""
     approximate: bool = False
     """Computes something else on purpose: its errors are reported beside the bars, not held to them."""
 
@@ -91,7 +95,7 @@ class Case:
     memory_only: bool = False
     """Whether only peak memory is taken: a point of a growth curve."""
     short: bool = False
-    """Whether it is over in microseconds on a GPU, where a call's time is the host's: the kernels' own is taken too."""
+    """Whether it is over in microseconds on a GPU, so that its target is the time of its kernels: that is taken too."""
     first_call: bool = False
     """Whether a GPU run also times one call of a fresh process with no kernel compiled yet."""
 

@@ -8,7 +8,7 @@ as 1, the size of the terms it is a mean of; they cancel, and its own size says 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,22 @@ CPU_BUDGET = 512 * 2**20
 ROWS_WITHOUT_VOCABULARY = 2**20
 
 
-@dataclass(frozen=True)
-class Error:
+class Error(NamedTuple):
     error: float
+    """max|x − exact|."""
     bar: float
+    relative: float
+    """‖x − exact‖ / ‖exact‖; for an approximate provider the figure that means something."""
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bar  # False for NaN
+
+
+class Checked(NamedTuple):
+    errors: dict[str, Error]
+    measured: dict[str, float]
+    """0-d outputs that plain torch has not, such as what a sparse gradient leaves out."""
 
 
 def results(run: Run, inputs: Inputs) -> Inputs:
@@ -55,26 +63,31 @@ class Oracle:
         """2·(error of plain torch) + absolute term, per result."""
         eager = self._case.providers["eager"].load(self.shape)
         found = results(eager, self._case.make_inputs(self.shape, True))
-        return {name: 2 * self._error(name, x) + self._absolute(name, x.dtype) for name, x in found.items()}
+        return {name: 2 * self._error(name, x)[0] + self._absolute(name, x.dtype) for name, x in found.items()}
 
-    def _error(self, name: str, x: Tensor) -> float:
+    def _error(self, name: str, x: Tensor) -> tuple[float, float]:
+        """The largest, and the norm of all over that of the exact result."""
         exact = self._exact[name]
         # A provider may have been given more positions than count: they come last in each dimension.
-        x = x[tuple(slice(0, size) for size in exact.shape)]
-        return (x.double() - exact).abs().max().item()
+        off = x[tuple(slice(0, size) for size in exact.shape)].double() - exact
+        return off.abs().max().item(), (off.norm() / exact.norm()).item()
 
     def _absolute(self, name: str, dtype: torch.dtype) -> float:
         size = 1.0 if name == "loss" else self._exact[name].abs().max().item()
         return (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps * size
 
-    def check(self, provider: Provider, run: Run) -> dict[str, Error]:
-        """The errors of a provider, by result."""
+    def check(self, provider: Provider, run: Run) -> Checked:
+        """The errors of a provider, by result, and what else it says of them."""
         inputs = provider.prepare(self._case.make_inputs(self.shape, True))
         found = results(run, inputs)
-        errors = {name: Error(self._error(name, found[name]), bar) for name, bar in self._bars.items()}
+        errors = {}
+        for name, bar in self._bars.items():
+            error, relative = self._error(name, found[name])
+            errors[name] = Error(error, bar, relative)
+        measured = {name: x.item() for name, x in found.items() if name not in self._bars and x.dim() == 0}
         del inputs, found
         gc.collect()
-        return errors
+        return Checked(errors, measured)
 
 
 def _row_limit(case: Case) -> int:

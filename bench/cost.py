@@ -210,7 +210,7 @@ def hidden_costs() -> Iterator[Cost]:
 
 
 def costs() -> list[Cost]:
-    """Every case; the kernels must run in the interpreter (TRITON_INTERPRET=1)."""
+    """Every case; the kernels must run in the interpreter (TRITON_INTERPRET=1, which the command sets)."""
     from bench.sparse_cost import sparse_costs  # which is built from what stands above
 
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the costs; 2 if the kernels cannot run in the interpreter."""
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
-        print("cost runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
+        print("cost runs the kernels in Triton's interpreter: unset TRITON_INTERPRET, or set it to 1", file=sys.stderr)
         return 2
     rows = costs()
     if options.json:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import targets
+from bench.rows import steady
 
 COLUMNS = ("eager", "torch.compile", "torch-native", "trl", "liger", "verl", "cut-cross-entropy", "fastrl")
 LABELS = {
@@ -26,6 +27,10 @@ LABELS = {
     r"token-policy-N(\d+)": "loss and metrics from log-probs, {} tokens",
     r"token-advantages-S(\d+)-G(\d+)": "group advantages, {} rewards in groups of {}",
     r"scan-gae-B(\d+)-T(\d+)": "GAE, {} x {}",
+}
+OTHER_CLOCKS = {
+    "cold_ms": "The same in ms after other data went through the caches:",
+    "wall_ms": "The same in ms by the wall clock, from an idle GPU until it has done all, the host's work included:",
 }
 MEMORY_FROM = 16.0
 """MiB of difference below which memory is not worth a sentence."""
@@ -58,11 +63,17 @@ def by_device(documents: Documents) -> Iterator[tuple[str, Documents]]:
 
 
 def unmeasured(documents: Documents) -> list[str]:
-    """What is missing while no run on a GPU is among the files."""
-    if any(document["device"] != "cpu" for document in documents.values()):
-        return []
-    wanted = "; ".join(target.text for target in targets.TARGETS.values() if target.device != "cpu")
-    return [wrapped(f"**No GPU figure has been measured yet.** Targets that wait for one: {wanted}.")]
+    """Every target that has not been decided in any case, device by device."""
+    runs = dict(by_device(documents))
+    parts = []
+    for device, where in (("cuda", "GPU"), ("cpu", "CPU")):
+        chosen = choose(runs.get(device, {}))[0]
+        decided = {verdict.target for verdict in verdicts(chosen) if verdict.met is not None}
+        waiting = [t.text for name, t in targets.TARGETS.items() if t.device == device and name not in decided]
+        if waiting:
+            first = "" if device in runs else f"**No {where} figure has been measured yet.** "
+            parts.append(wrapped(f"{first}Targets that wait for a {where}: {'; '.join(waiting)}."))
+    return parts
 
 
 def wrapped(text: str) -> str:
@@ -89,10 +100,11 @@ def _device(documents: Documents, device: str) -> Iterator[str]:
     yield "Time in ms, the median of the rounds:"
     chosen, withheld = choose(documents)
     yield _table(chosen, lambda row: _figure(row["ms"] and row["ms"]["median"]))
-    cold = {name: rows for name, rows in chosen.items() if any(row.get("cold_ms") for row in rows)}
-    if cold:
-        yield "The same in ms after other data went through the caches:"
-        yield _table(cold, lambda row: _figure((row.get("cold_ms") or {}).get("median")))
+    for key, title in OTHER_CLOCKS.items():
+        timed = {name: rows for name, rows in chosen.items() if any(row.get(key) for row in rows)}
+        if timed:
+            yield title
+            yield _table(timed, lambda row, key=key: _figure((row.get(key) or {}).get("median")))
     yield "Peak memory beyond the inputs, in MiB:"
     yield _table(memory(documents), lambda row: _figure(row["peak_mib"]))
     yield wrapped(losses(chosen, memory(documents)))
@@ -111,27 +123,26 @@ def verdicts(chosen: dict[str, list[Row]]) -> list[targets.Verdict]:
 
 
 def choose(documents: Documents) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Case -> rows of its newest run with steady times of fastrl; and the cases without one, with the reason. A wrong
-    result discards the older runs."""
+    """Case -> rows of its newest run with steady times of fastrl; and the cases without one, with the reason: skipped
+    for want of time among them. A wrong result discards the older runs."""
     chosen: dict[str, list[Row]] = {}
     withheld: dict[str, str] = {}
     for document in documents.values():
-        for name in dict.fromkeys(row["case"] for row in document["rows"] if row["ms"]):
+        told = (row["case"] for row in document["rows"] if row["ms"] or row["status"] == "skipped")
+        for name in dict.fromkeys(told):
             rows = [row for row in document["rows"] if row["case"] == name]
             ours = next((row for row in rows if row["provider"] == "fastrl"), None)
             if ours is not None and ours["status"] == "wrong":
                 chosen.pop(name, None)
                 withheld[name] = f"wrong: {ours['reason']}"
+            elif ours is not None and ours["status"] == "skipped":
+                withheld.setdefault(name, ours["reason"])
             elif ours is not None and steady(ours):
                 chosen[name] = rows
             else:
                 withheld.setdefault(name, "the rounds differed too much")
     kept = {name: chosen[name] for name in _ordered(chosen)}
     return kept, {name: withheld[name] for name in _ordered(withheld) if name not in chosen}
-
-
-def steady(row: Row) -> bool:
-    return bool(row["vs_eager"] and row["vs_eager"]["steady"])
 
 
 def memory(documents: Documents) -> dict[str, list[Row]]:

@@ -19,6 +19,10 @@ TRL_CHUNK = 32768
 """Vocabulary columns per tile, as in TRL's own call."""
 
 
+FIRST_CALL = (4096, 4096, 151936)
+"""N, H and V of the case that times a first call, and in the targets the options still to be chosen."""
+
+
 def trainable_flops(shape: Shape) -> float:
     """6·N·H·V: three products of 2·N·H·V (logits, dhidden, dweight); computing the logits again makes it 8."""
     return 6 * shape.rows * shape.hidden * shape.vocab
@@ -136,11 +140,13 @@ def _products(shape: Shape, frozen: bool) -> Run:
     return run
 
 
-def _fastrl(shape: Shape) -> Run:
+def _fastrl(shape: Shape, **more: Any) -> Run:
+    """`more`: options of the call, for the providers of a choice still to be made."""
+
     def run(inputs: Inputs) -> Inputs:
         head = fastrl.LMHead(inputs["weight"])
         spec = SPEC if "ref" in inputs else WITHOUT_KL
-        return {"loss": fastrl.policy_loss_from_hidden(inputs["hidden"], head, rollouts(inputs), spec).loss}
+        return {"loss": fastrl.policy_loss_from_hidden(inputs["hidden"], head, rollouts(inputs), spec, **more).loss}
 
     return run
 
@@ -204,18 +210,24 @@ def _oracle(inputs: Inputs) -> Inputs:
 
 def _providers(shape: Shape, frozen: bool, kl_coef: float = plain.KL_COEF) -> dict[str, Provider]:
     providers = {"eager": Provider(_eager)}
-    if shape.dtype != "fp32":  # in fp32 it is the same as eager
+    if shape.dtype != "fp32":  # in fp32 these are the same as eager and fastrl
         providers["eager-fp32"] = Provider(partial(_eager, upcast=True))
+        providers["fastrl-fp32-logits"] = Provider(partial(_fastrl, out_dtype=torch.float32))
     return providers | {
         "torch.compile": Provider(_compiled),
         "torch-native": Provider(_native),
         "fastrl": Provider(_fastrl),
+        "fastrl-overlap": Provider(partial(_fastrl, overlap=True)),
         "liger": Provider(partial(_liger, kl_coef=kl_coef)),
         "trl": Provider(_trl),
         "verl": Provider(_verl),
         "cut-cross-entropy": Provider(_cut_cross_entropy),
         "floor": Provider(partial(_products, frozen=frozen), floor=True),
     }
+
+
+def _sizes(shape: Shape) -> tuple[int, int, int]:
+    return shape.rows, shape.hidden, shape.vocab
 
 
 def _target(shape: Shape, frozen: bool) -> str:
@@ -238,7 +250,7 @@ def loss_case(shape: Shape, frozen: bool, only: tuple[str, ...] = (), **more: An
         oracle=_oracle,
         least_flops=frozen_flops if frozen else trainable_flops,
         target=_target(shape, frozen),
-        first_call=_target(shape, frozen) == "hidden" and shape.rows == 4096 and shape.vocab == 151936,
+        first_call=_target(shape, frozen) == "hidden" and _sizes(shape) == FIRST_CALL,
     )
     return dataclasses.replace(case, **more)
 

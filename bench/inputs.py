@@ -83,14 +83,16 @@ def hidden_inputs(shape: Shape, ragged: bool, *, frozen: bool = False) -> Inputs
 
 
 def realistic_layout(shape: Shape) -> tuple[list[int], list[bool]]:
-    """Lengths, spread evenly from 0.4·T to T so that 30 % is padding, and which 30 % of the sequences have advantage
-    zero: a group of equal rewards."""
+    """Lengths, spread evenly from 0.4·T to T so that 30 % is padding, and which sequences have advantage zero (a group
+    of equal rewards): 30 % of them, of every length, so that they hold 30 % of the tokens as well."""
     draw, steps = random.Random(SEED), max(shape.batch - 1, 1)
     lengths = [max(1, round(shape.length * (0.4 + 0.6 * i / steps))) for i in range(shape.batch)]
-    zero = [i < round(0.3 * shape.batch) for i in range(shape.batch)]
-    draw.shuffle(lengths)
-    draw.shuffle(zero)
-    return lengths, zero
+    wanted = round(0.3 * shape.batch)
+    # one per stretch of as many, above its middle: 19 of 64 sequences are less than 30 %
+    chosen = {int((i + 0.75) * shape.batch / wanted) for i in range(wanted)}
+    pairs = [(length, i in chosen) for i, length in enumerate(lengths)]
+    draw.shuffle(pairs)
+    return [length for length, _ in pairs], [zero for _, zero in pairs]
 
 
 def realistic_inputs(shape: Shape, ragged: bool) -> Inputs:

@@ -26,6 +26,12 @@ def loss_bytes(shape: Shape) -> float:
     return 2 * shape.rows * shape.vocab * shape.itemsize
 
 
+def sequence_bytes(shape: Shape) -> float:
+    """3·N·V·itemsize: read once more, because a whole sequence is scored before its first gradient. On a CPU, whose
+    last cache may hold a sequence, the same as `loss_bytes`."""
+    return loss_bytes(shape) * (1.0 if shape.device == "cpu" else 1.5)
+
+
 def score_bytes(shape: Shape) -> float:
     """N·V·itemsize: the logits read once; outputs are 2 numbers per row of V."""
     return shape.rows * shape.vocab * shape.itemsize
@@ -111,11 +117,14 @@ def _trl(shape: Shape, sequence: bool = False) -> Run:
     return run
 
 
-def _copy(shape: Shape) -> Run:
-    """The floor: as many bytes as the logits and their gradient, read once and written once."""
+def _copy(shape: Shape, sequence: bool = False) -> Run:
+    """The floor: as many bytes as the logits and their gradient, read once and written once. With `sequence` half of
+    them again, as many as the second read that a ratio per sequence needs."""
+    again = shape.batch // 2 if sequence else 0
 
     def run(inputs: Inputs) -> Inputs:
-        return {"copy": inputs["logits"].detach().clone()}
+        logits = inputs["logits"].detach()
+        return {"copy": logits.clone(), "again": logits[:again].clone()}
 
     return run
 
@@ -181,7 +190,7 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         "fastrl-inplace": Provider(partial(_fastrl, inplace=True, sequence=sequence)),
         "liger": Provider(partial(_liger, sequence=sequence), _one_more_position),
         "trl": Provider(partial(_trl, sequence=sequence)),
-        "floor": Provider(_copy, floor=True),
+        "floor": Provider(partial(_copy, sequence=sequence), floor=True),
     }
     if not sequence:
         providers["fastrl-tickets"] = Provider(_tickets)
@@ -192,9 +201,9 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         make_inputs=logits_inputs,
         providers={name: provider for name, provider in providers.items() if not only or name in only},
         oracle=partial(_oracle, sequence=sequence),
-        least_bytes=loss_bytes,
+        least_bytes=sequence_bytes if sequence else loss_bytes,
         target="logits-sequence" if sequence else "logits",
-        first_call=not sequence and shape.vocab == SCORED_VOCAB,
+        first_call=shape.vocab == SCORED_VOCAB,
     )
     return dataclasses.replace(case, **more)
 
@@ -218,6 +227,7 @@ def _score_case(shape: Shape) -> Case:
         oracle=_score_oracle,
         least_bytes=score_bytes,
         target="score" if shape.vocab == SCORED_VOCAB else None,
+        first_call=shape.vocab == SCORED_VOCAB,
     )
 
 

@@ -23,7 +23,7 @@ import torch
 
 from bench.case import Case, Provider, Run, step, timed_inputs
 from bench.quiet import Neighbours, wait_for_quiet
-from bench.timing import timed, waited
+from bench.timing import time_step, timed, waited
 
 ROOT = Path(__file__).parents[1]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -39,6 +39,8 @@ class Peak:
 
 def gpu_peak(case: Case, provider: Provider, run: Run) -> float:
     """MiB that the allocator handed out during one warm step, at the most at once, beyond the inputs."""
+    if case.memory_only:  # nothing has run at this size yet: the first call compiles, and allocates for it
+        time_step(case, provider, run)
     inputs = timed_inputs(case, provider)
     gc.collect()
     torch.cuda.synchronize()
@@ -88,7 +90,9 @@ def in_fresh_process(case: Case, provider: str, quick: bool) -> dict[str, Any]:
 
 
 def first_call(case: Case, provider: str, quick: bool) -> dict[str, Any]:
-    """first_ms on a GPU, in a process of its own that finds no compiled kernel; the import is not in it."""
+    """first_ms on a GPU, in a process of its own that finds no compiled kernel; the import is not in it. It allocates
+    beside this process, whose allocator keeps what the rounds have freed: that is given back first."""
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         return _in_process(case, provider, quick, TRITON_CACHE_DIR=folder)
 

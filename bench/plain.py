@@ -72,8 +72,9 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
 
 
 def compiled(run: Run, shape: Shape) -> Run:
-    """torch.compile of an eager run with default options, compiled anew so that no case inherits another's shapes."""
+    """torch.compile of an eager run, compiled anew so that no case inherits another's shapes, and for each shape by
+    itself: the check takes fewer rows, after which the default would time a graph for any number of them."""
     if shape.device == "cuda" and torch.cuda.get_device_capability()[0] < 7 and not torch.version.hip:
         raise Unavailable("Inductor needs a GPU of compute capability 7.0 or more")
     torch.compiler.reset()
-    return torch.compile(run)
+    return torch.compile(run, dynamic=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from bench.runner import Row
+from bench.rows import Row
 from bench.targets import Verdict
 
 
@@ -17,6 +18,7 @@ def table(rows: list[Row]) -> Table:
     """One case: a row per provider with a speed; the others, with their reasons, below."""
     shape = rows[0]["shape"]
     slow = [f"{row['provider']} {row['status']}: {row['reason']}" for row in rows if row["reason"]]
+    slow += [f"{row['provider']}: {note}" for row in rows for note in (*row["notes"], *_kernels(row))]
     disturbed = next((row["disturbed_rounds"] for row in rows if row["ms"]), 0)
     if disturbed:
         slow.append(f"rounds dropped because other processes disturbed them: {disturbed}")
@@ -32,6 +34,7 @@ def table(rows: list[Row]) -> Table:
         "quartiles",
         "cold ms",
         "quartiles",
+        "wall ms",
         "first ms",
         "peak MiB",
         "rate",
@@ -57,11 +60,22 @@ def _cells(row: Row) -> list[str]:
         worst += " (approximate)"
     cold = row["cold_ms"]
     late = ["-", "-"] if cold is None else [f"{cold['median']:.4g}", f"{cold['q25']:.4g}-{cold['q75']:.4g}"]
-    return [*speed, *late, _number(row["first_ms"]), _number(row["peak_mib"]), *reached, _ratio(row["vs_eager"]), worst]
+    wall = _number((row["wall_ms"] or {}).get("median"))
+    others = [wall, _number(row["first_ms"]), _number(row["peak_mib"])]
+    return [*speed, *late, *others, *reached, _ratio(row["vs_eager"]), worst]
 
 
-def verdict_table(verdicts: list[Verdict], device: str) -> Table:
-    where = "the CPU, against plain torch" if device == "cpu" else "one H200"
+def _kernels(row: Row) -> Iterator[str]:
+    """What the profiler saw of a short case."""
+    for key, what in (("forward_kernels", "forward"), ("kernels", "the whole step")):
+        found = row[key]
+        if found:
+            launches = f"{found['launches']} kernels and copies, {found['triton']} of them of Triton"
+            yield f"{what} {1e3 * found['ms']:.3g} us in {launches}"
+
+
+def verdict_table(verdicts: list[Verdict], where: str) -> Table:
+    """`where`: what they were measured on."""
     made = Table(title=f"Targets for {where}", title_justify="left")
     for name in ("case", "wanted", "found", "met"):
         made.add_column(name)

@@ -79,6 +79,7 @@ def peaked_case(shape: Shape) -> Case:
         providers={**case.providers, **sparse},
         oracle=case.oracle,
         least_flops=hidden.trainable_flops,
+        target="sparse" if shape.device != "cpu" else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 from bench import cpu, growth, logits, scan, sparse, tokens
 from bench.case import Case, Inputs, Provider, Run, Shape
@@ -18,7 +19,8 @@ SUITES = {
 }
 PROVIDERS = (
     "eager", "eager-fp32", "torch.compile", "torch-native", "fastrl", "fastrl-inplace", "fastrl-tickets",
-    "fastrl-dense", "fastrl-sparse", "liger", "trl", "verl", "cut-cross-entropy", "floor",
+    "fastrl-dense", "fastrl-sparse", "fastrl-overlap", "fastrl-fp32-logits", "liger", "trl", "verl",
+    "cut-cross-entropy", "floor",
 )  # fmt: skip
 
 
@@ -30,14 +32,22 @@ def cases(suite: str, device: str, quick: bool) -> list[Case]:
 
 
 def _target_cases(device: str, quick: bool) -> list[Case]:
-    """Only the cases that a target for the device speaks of, only with the providers that it compares; the short ones
-    first."""
+    """Only the cases that a target for the device speaks of, only with the providers that it compares. The short ones
+    come first, then one case of each target, the one with a first call if any, so that a budget that ends early leaves
+    no target without a figure."""
     found = [c for c in cases("all", device, quick) if c.target and TARGETS[c.target].device == device]
-    for i, case in enumerate(found):
-        wanted = TARGETS[case.target].providers
+    found.sort(key=lambda case: not case.first_call)
+    seen: Counter[str] = Counter()
+    placed = []
+    for case in found:
+        assert case.target
+        target = TARGETS[case.target]
+        wanted = set(target.providers) - (set() if case.first_call else set(target.beside_once))
         chosen = {name: provider for name, provider in case.providers.items() if name in wanted}
-        found[i] = dataclasses.replace(case, providers=chosen)
-    return sorted(found, key=lambda case: case.least_flops is not None)
+        long = case.least_flops is not None
+        placed.append((long, seen[case.target] if long else 0, dataclasses.replace(case, providers=chosen)))
+        seen[case.target] += 1
+    return [case for *_, case in sorted(placed, key=lambda place: place[:2])]
 
 
 def with_wrong_provider(case: Case) -> Case:

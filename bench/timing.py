@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,31 @@ import torch
 
 from bench.case import DTYPES, Case, Provider, Run, step, timed_inputs
 
+LEAD_MS = 5.0
+"""How long a GPU sleeps before a call is timed, so that the host runs ahead of it."""
+HOW = ("warm", "cold", "wall")
+"""The ways to time a step: as it comes; after other data went through the caches; by the wall clock (on a GPU)."""
+
 
 def timed(call: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call: CUDA events on a GPU, the wall clock elsewhere."""
+    """Milliseconds of one call: CUDA events on a GPU, the wall clock elsewhere.
+
+    The GPU first sleeps for `LEAD_MS`, before the first event and so outside of the interval, while the host runs
+    ahead: what Python does before its launches is hidden, for every provider alike, as it is in a training step whose
+    queue is full. `waited` says what that hides. It hides neither a host that takes longer than the lead, nor what
+    follows a wait for the device inside the call (metrics read on the host, the number of rows that count): the
+    interval then holds that wait and the launches after it."""
     if device == "cpu":
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(_lead_cycles())
+    return _between_events(call)
+
+
+def _between_events(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
     end.record()
@@ -29,8 +46,16 @@ def timed(call: Callable[[], Any], device: str) -> float:
     return start.elapsed_time(end)
 
 
+@functools.cache
+def _lead_cycles() -> int:
+    """Cycles of `LEAD_MS`, by the GPU's own events: how long a cycle is depends on the GPU."""
+    cycles = 10_000_000
+    return round(cycles * LEAD_MS / min(_between_events(lambda: torch.cuda._sleep(cycles)) for _ in range(3)))
+
+
 def waited(call: Callable[[], Any]) -> float:
-    """Milliseconds by the wall clock until a GPU has done all that one call asked of it, compiling included."""
+    """Milliseconds by the wall clock until a GPU has done all that one call asked of it: the host's work on an idle
+    device, and compiling, included."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -38,14 +63,35 @@ def waited(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def time_step(case: Case, provider: Provider, run: Run, cold: bool = False) -> float:
-    """Milliseconds of one step on inputs made anew, outside the clock: in-place providers overwrite theirs. With
-    `cold`, other data has gone through the caches since."""
+def time_step(case: Case, provider: Provider, run: Run, how: str = "warm") -> float:
+    """Milliseconds of one step on inputs made anew, outside the clock: in-place providers overwrite theirs. `how` is
+    one of `HOW`."""
     inputs = timed_inputs(case, provider)
-    gc.collect()
-    if cold:
+    gc.collect()  # of what came since the heap was settled: cheap inside `settled_heap`, and only there
+    if how == "cold":
         _flushing(case.shape.device).add_(1)
+    if how == "wall":
+        return waited(lambda: step(run, inputs))
     return timed(lambda: step(run, inputs), case.shape.device)
+
+
+@contextlib.contextmanager
+def settled_heap() -> Iterator[None]:
+    """No automatic collection meanwhile, and collections by hand that look only at what came since `settle`: with TRL
+    and Liger imported a full one takes a quarter of a second, hundreds of times what a short step takes."""
+    gc.disable()
+    settle()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def settle() -> None:
+    """Collect, and take what is left out of the collector's sight."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache
@@ -61,18 +107,6 @@ def last_cache_bytes(device: str) -> int:
     found = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     sizes = [int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] for text in found if text[-1:] in ("K", "M")]
     return max(sizes, default=2**28)
-
-
-def kernel_time(case: Case, provider: Provider, run: Run) -> dict[str, float]:
-    """What one step costs the GPU itself: milliseconds of its kernels and copies together, and how many they are."""
-    from torch.profiler import ProfilerActivity, profile
-
-    inputs = timed_inputs(case, provider)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        step(run, inputs)
-        torch.cuda.synchronize()
-    events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"ms": sum(event.time_range.elapsed_us() for event in events) / 1e3, "launches": len(events)}
 
 
 def copy_bandwidth(device: str) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +53,12 @@ def _fastrl(shape: Shape) -> Run:
     return run
 
 
+def _forward(inputs: Inputs) -> Callable[[], Any]:
+    """The loss call alone: the batch is built before, and neither backward nor reading the metrics is part of it."""
+    built = rollouts(inputs)
+    return lambda: fastrl.policy_loss(inputs["logps"], built, SPEC)
+
+
 def _no_token_loss(shape: Shape) -> Run:
     raise Unavailable("no loss from log-probs outside its trainer")
 
@@ -97,7 +105,7 @@ def _policy_case(shape: Shape) -> Case:
         providers={
             "eager": Provider(_eager),
             "torch.compile": Provider(_compiled),
-            "fastrl": Provider(_fastrl),
+            "fastrl": Provider(_fastrl, forward=_forward),
             "liger": Provider(_no_token_loss),
             "trl": Provider(_no_token_loss),
         },

@@ -15,16 +15,18 @@ pytest.importorskip("rich", reason="needs rich")
 ROOT = Path(__file__).parents[1]
 DOCUMENT = {"date", "command", "git", "machine", "versions", "device", "quick", "ceilings", "rows"}
 ROW = {
-    "case", "suite", "target", "shape", "provider", "status", "reason", "errors", "checked_rows", "ms", "cold_ms", "kernels", "first_ms", "peak_mib",
-    "first_peak_mib", "rate", "vs_eager", "disturbed_rounds",
+    "case", "suite", "target", "shape", "provider", "status", "reason", "notes", "errors", "checked_rows", "measured",
+    "ms", "cold_ms", "wall_ms", "kernels", "forward_kernels", "first_ms", "peak_mib", "first_peak_mib", "rate",
+    "vs_eager", "disturbed_rounds",
 }  # fmt: skip
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["OMP_NUM_THREADS"] = "1"  # beside other test workers, threads that wait for each other take minutes
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment |= settings
     command = [sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
@@ -55,6 +57,8 @@ def test_quick_run_writes_the_promised_json(tmp_path: Path, suite: str, case: st
         assert row["first_ms"] > 0
         assert row["rate"]["share"] > 0
         assert all(error["error"] <= error["bar"] for error in row["errors"].values())
+        assert all(0 <= error["relative"] < 1e-3 for error in row["errors"].values())
+        assert row["notes"] == [] and row["wall_ms"] is None  # every clock of a CPU is the wall's
     assert str(tmp_path) not in json.dumps(document)
 
 
@@ -76,6 +80,22 @@ def test_codegen_reports_json() -> None:
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     assert row["kernel"] == "scale" and row["arch"] == "sm_90" and row["spill_bytes"] == 0 and row["error"] is None
+
+
+@pytest.mark.slow
+def test_cost_sets_what_it_needs() -> None:
+    """`bench` takes TRITON_INTERPRET out of the environment: the command sets it before it imports Triton."""
+    pytest.importorskip("triton")
+    done = bench("cost", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in json.loads(done.stdout)}
+    assert rows["log-probs and entropies"]["read_issued"] > 0
+
+
+def test_cost_refuses_real_kernels() -> None:
+    pytest.importorskip("triton")
+    done = bench("cost", TRITON_INTERPRET="0")
+    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
 
 
 def test_an_unknown_case_is_refused(tmp_path: Path) -> None:

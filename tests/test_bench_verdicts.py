@@ -33,6 +33,42 @@ def test_peak_memory_is_the_gradients_and_one_buffer(target: str, peak: float, m
     assert verdict.met is None
 
 
+@pytest.mark.parametrize(("width", "bound"), [(1536, 1.17), (4096, 1.08), (8192, 1.05)])
+def test_the_floor_of_a_frozen_head_depends_on_its_width(width: int, bound: float) -> None:
+    """The kernel between the products is the more of them the narrower the head."""
+    shape = LARGE | {"hidden": width}
+    for ours, met in ((bound, True), (bound + 0.02, False)):
+        rows = [row("fastrl", ours, target="hidden-frozen", shape=shape), row("floor", 1.0, target="hidden-frozen")]
+        (verdict,) = (v for v in targets.verdicts(rows) if "the floor" in v.wanted)
+        assert verdict.met is met and verdict.target == "hidden-frozen"
+
+
+@pytest.mark.parametrize(("triton", "met"), [(1, True), (2, False)])
+def test_forward_launches_are_counted(triton: int, met: bool) -> None:
+    found = {"ms": 0.014, "launches": 4, "triton": triton}
+    whole = {"ms": 0.09, "launches": 45, "triton": 1}
+    rows = [row("fastrl", 1.0, target="token", forward_kernels=found, kernels=whole)]
+    kernels, launches = list(targets.verdicts(rows))[:2]
+    assert kernels.met and kernels.found == "14 us"
+    assert launches.met is met and launches.found == f"{triton} of Triton, {4 - triton} of torch"
+
+
+@pytest.mark.parametrize(("floor", "met"), [(2.1, True), (1.9, False)])
+def test_the_sparse_gradient_is_held_to_the_dense_products(floor: float, met: bool) -> None:
+    """With its errors beside the figure: speed bought with a wrong gradient is none."""
+    errors = {name: {"error": 1.0, "bar": 0.1, "relative": 2e-3} for name in ("loss", "dhidden", "dweight")}
+    sparse = row("fastrl-sparse", 1.0, status="approximate", errors=errors, measured={"dropped_mass": 1e-4})
+    rows = [sparse, row("fastrl", 3.0), row("floor", floor, status="floor")]
+    (verdict,) = targets.verdicts([r | {"target": "sparse"} for r in rows])
+    assert verdict.met is met and verdict.wanted == ">= 2x as fast as floor"
+    assert "dhidden off by 2.0e-03 of its norm" in verdict.found and "dropped mass 1.0e-04" in verdict.found
+    assert "loss" not in verdict.found
+    (verdict,) = targets.verdicts(
+        [r | {"target": "sparse"} for r in rows[1:]] + [sparse | {"ms": None, "target": "sparse"}]
+    )
+    assert verdict.met is None
+
+
 def test_verdicts_on_the_cpu() -> None:
     """Parts of eager's time and memory; beside them what nobody can avoid. Targets of another device say nothing."""
     shape = {"rows": 2048, "vocab": 32000, "hidden": 64, "dtype": "fp32", "device": "cpu"}
