@@ -109,7 +109,7 @@ def areal() -> types.SimpleNamespace:
 
 @functools.cache
 def torchtitan() -> types.SimpleNamespace:
-    """torchtitan 0.3.0: DAPOLoss, GRPOLoss and compute_logprobs, on one process."""
+    """torchtitan 0.3.0: its RL losses, compute_logprobs, the chunked wrapper, how it adds metrics; on one process."""
     need("torchtitan")
 
     class BaseLoss:
@@ -117,16 +117,19 @@ def torchtitan() -> types.SimpleNamespace:
         class Config:
             pass
 
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     names = dict(_COMMON) | {
-        "BaseLoss": BaseLoss,
-        "DTensor": DTensor,
-        "get_spmd_backend": lambda: None,
-        "IGNORE_INDEX": -100,
-    }
-    names |= execute("torchtitan/components/loss.py", names, {"compute_logprobs", "cross_entropy_loss"}.__contains__)
+        "BaseLoss": BaseLoss, "DTensor": DTensor, "Replicate": Replicate, "Shard": Shard, "nn": torch.nn,
+        "get_spmd_backend": lambda: None, "IGNORE_INDEX": -100, "spmd": _Quiet(),
+    }  # fmt: skip
+    wanted = {"compute_logprobs", "cross_entropy_loss", "CrossEntropyLoss", "GradAccumulator", "ChunkedLossWrapper"}
+    wanted |= {"_DecoderOutputGradientBackProp"}
+    names |= execute("torchtitan/components/loss.py", names, wanted.__contains__)
     names["_MAX_LOG_RATIO"] = 10.0
     names |= execute("torchtitan/experiments/rl/losses/dapo.py", names)
     names |= execute("torchtitan/experiments/rl/losses/grpo.py", names)
+    names |= execute(
+        "torchtitan/experiments/rl/controller_metrics.py", names, {"combine_microbatch_metrics"}.__contains__
+    )
     return types.SimpleNamespace(**names)
