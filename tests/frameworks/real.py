@@ -16,7 +16,7 @@ import sys
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,23 @@ class _Quiet:
         return lambda *args, **kwargs: contextlib.nullcontext()
 
 
-def execute(path: str, namespace: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Execute the classes and functions of one file whose names pass, in order; annotations stay text."""
+def _defines(node: ast.stmt, names: Callable[[str], bool], values: Collection[str]) -> bool:
+    if isinstance(node, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id in values for target in node.targets)
+    return isinstance(node, ast.ClassDef | ast.FunctionDef) and names(node.name)
+
+
+def execute(
+    path: str,
+    namespace: dict[str, Any],
+    names: Callable[[str], bool] = lambda name: True,
+    values: Collection[str] = (),
+) -> dict[str, Any]:
+    """Execute the classes and functions of one file whose names pass, and the named values, in order; annotations stay
+    text."""
     tree = ast.parse((FOLDER / path).read_text())
     future = ast.parse("from __future__ import annotations").body
-    kept = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and names(n.name)]
+    kept = [n for n in tree.body if _defines(n, names, values)]
     module = types.ModuleType(f"real_{Path(path).stem}")
     module.__dict__.update(namespace)
     sys.modules[module.__name__] = module  # dataclasses look their module up
@@ -72,7 +84,10 @@ def skyrl() -> types.SimpleNamespace:
     names["register_policy_loss"] = names["register_advantage_estimator"] = lambda name: lambda f: f
     skipped = ("Registry", "register_", "sync_registries", "RegistryActor")
     ours = execute(
-        f"{folder}/ppo_utils.py", names, lambda name: not name.startswith(skipped) and "Registry" not in name
+        f"{folder}/ppo_utils.py",
+        names,
+        lambda name: not name.startswith(skipped) and "Registry" not in name,
+        {"LOSSES_WITH_OLD_LOGPROBS", "LOSSES_WITHOUT_OLD_LOGPROBS"},
     )
     parts = (
         "KLCtrl",
@@ -84,6 +99,7 @@ def skyrl() -> types.SimpleNamespace:
         "DPPO",
         "OffPolicyCorrection",
         "Algorithm",
+        "FullyAsync",
     )
     config = execute("skyrl/train/config/config.py", names, {f"{name}Config" for name in parts}.__contains__)
     names["ray"] = types.SimpleNamespace(is_initialized=lambda: False)  # the registry is then local

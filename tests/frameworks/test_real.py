@@ -77,16 +77,29 @@ def test_skyrls_registry_takes_our_losses(monkeypatch):
     module = ModuleType("ppo_utils")
     module.PolicyLossRegistry = registry
     monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils.ppo_utils", module)
-    names = skyrl.register()
+    cfg = real.skyrl().config.AlgorithmConfig(policy_loss_type="fastrl_sapo")
+    trainer = SimpleNamespace(algorithm=cfg, fully_async=real.skyrl().config.FullyAsyncConfig())
+    names = skyrl.register(SimpleNamespace(trainer=trainer))
     assert set(names) <= set(registry.list_available())
     with pytest.raises(ValueError, match="already registered"):
-        skyrl.register()
-    b, cfg = scored(), real.skyrl().config.AlgorithmConfig()
+        skyrl.register(SimpleNamespace(trainer=trainer))
+    b = scored()
     sent = pickle.loads(pickle.dumps(registry.get("fastrl_sapo")))
     want = skyrl.policy_loss_fn(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout, loss_type="sapo")[0]
     assert torch.equal(sent(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout)[0], want)
     for name in names:
         registry.unregister(name)
+
+
+def test_skyrls_fully_async_trainer_refuses_the_same_losses():
+    """Those in its set of names; of cispo it looks at the anchor, as the test of `register` does."""
+    from fastrl.adapters._skyrl_config import mapped
+
+    theirs = real.skyrl()
+    reads_old = {t for t in skyrl.TYPES if mapped(t, theirs.config.AlgorithmConfig()).anchor == "old"}
+    assert reads_old == {str(t) for t in theirs.LOSSES_WITH_OLD_LOGPROBS} - {"cross_entropy"}
+    assert {str(t) for t in theirs.LOSSES_WITHOUT_OLD_LOGPROBS} == set(skyrl.TYPES) - reads_old
+    assert theirs.config.FullyAsyncConfig().enabled is False
 
 
 def test_every_field_of_skyrls_config_is_known():
