@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import importlib
 import sys
 import types
 import typing
@@ -57,7 +58,7 @@ def execute(
     future = ast.parse("from __future__ import annotations").body
     kept = [n for n in tree.body if _defines(n, names, values)]
     module = types.ModuleType(f"real_{Path(path).stem}")
-    module.__dict__.update(namespace)
+    module.__dict__.update({name: value for name, value in namespace.items() if not name.startswith("__")})
     sys.modules[module.__name__] = module  # dataclasses look their module up
     exec(compile(ast.Module(future + kept, []), str(FOLDER / path), "exec"), module.__dict__)
     return module.__dict__
@@ -108,19 +109,68 @@ def skyrl() -> types.SimpleNamespace:
     return types.SimpleNamespace(**ours, PolicyLossRegistry=registry, config=types.SimpleNamespace(**config))
 
 
+class _Tracker(_Quiet):
+    """Its decorators leave functions as they are."""
+
+    def scope_func_wrapper(self, name: str) -> Callable[..., Any]:
+        return lambda f: f
+
+
+class Engine:
+    """What AReaL's actors need of the engine under them: it calls the loss on the batch as it is."""
+
+    def __init__(self, config: Any) -> None:
+        self.losses: list[Any] = []
+
+    def train(self) -> None:
+        pass
+
+    def get_version(self) -> int:
+        return 3
+
+    def train_batch(self, batch: dict[str, Any], loss_fn: Any, loss_weight_fn: Any) -> dict[str, float]:
+        self.losses.append(loss_fn(batch["x"], batch["x"], batch))
+        return {}
+
+
+def _engine_config() -> type:
+    """The part of TrainEngineConfig that AReaL's actor config and engine read."""
+    methods = {"__post_init__": lambda self: None}
+    fields = [("_version", str, "v1"), ("temperature", float, 1.0)]
+    return dataclasses.make_dataclass("TrainEngineConfig", fields, namespace=methods)
+
+
+class Controller:
+    """AReaL's controllers keep what they are given, and send the class by its path."""
+
+    def __init__(self, train_engine: Any, config: Any, scheduler: Any) -> None:
+        self.path = f"{train_engine.__module__}.{train_engine.__name__}"
+
+
 @functools.cache
 def areal() -> types.SimpleNamespace:
-    """AReaL 1.0.4: grpo_loss_fn and all that it calls, and RejectionSamplingConfig."""
+    """AReaL 1.0.4: grpo_loss_fn and all that it calls, PPOActor, FSDPPPOActor, PPOActorConfig, import_from_string.
+
+    `modules` are those of the actor and the engine, under their names."""
     need("areal")
-    names = dict(_COMMON) | {"stats_tracker": _Quiet(), "infer_token_denominator": lambda data, mask: mask}
-    names |= execute("areal/utils/data.py", names, {"KLEstimator"}.__contains__)
-    names |= execute("areal/api/cli_args.py", names, {"RejectionSamplingConfig"}.__contains__)
-    names |= execute("areal/utils/functional/functional.py", names)
+    names = dict(_COMMON) | {"stats_tracker": _Tracker(), "infer_token_denominator": lambda data, mask: mask}
     constants = types.ModuleType("constants")
     exec((FOLDER / "areal/utils/constants.py").read_text(), constants.__dict__)
     names |= {key: value for key, value in vars(constants).items() if not key.startswith("__")}
-    functions = execute("areal/trainer/ppo/actor.py", names, lambda name: name[0].islower() or name[0] == "_")
-    return types.SimpleNamespace(**functions)
+    names |= execute("areal/utils/data.py", names, {"KLEstimator"}.__contains__)
+    names["TrainEngineConfig"] = _engine_config()
+    names |= execute("areal/api/cli_args.py", names, {"RejectionSamplingConfig", "PPOActorConfig"}.__contains__)
+    names |= execute("areal/utils/functional/functional.py", names)
+    names |= execute("areal/utils/dynamic_import.py", names | {"importlib": importlib})
+    names |= {"trace_perf": lambda *args, **kwargs: lambda f: f, "MicroBatchSpec": lambda n_mbs: n_mbs}
+    names |= {"TrainController": Controller, "GatewayTrainController": object, "FSDPEngine": Engine}
+    names["batched_call"] = lambda fn, data, unpack: fn(data[0])
+    names["split_padded_tensor_dict_into_mb_list"] = lambda data, mb_spec: types.SimpleNamespace(mbs=[data])
+    functions = execute("areal/trainer/ppo/actor.py", names)
+    engines = execute("areal/engine/fsdp_engine.py", names, {"FSDPPPOActor"}.__contains__)
+    modules = {"areal.trainer.ppo.actor": "real_actor", "areal.engine.fsdp_engine": "real_fsdp_engine"}
+    modules = {name: sys.modules[ours] for name, ours in modules.items()}
+    return types.SimpleNamespace(**functions, FSDPPPOActor=engines["FSDPPPOActor"], modules=modules)
 
 
 @functools.cache
