@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrl.adapters._batch import k1_bounds
 from fastrl.adapters._config import Options, fields_of
+from fastrl.adapters._versions import warn_outside
 from fastrl.adapters._words import LOSS_WORDS, named_with
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.spec import LossSpec
@@ -78,6 +79,7 @@ _AGGREGATIONS = {
 
 def spec_from_config(pipeline_config: Any, worker_config: Any = None) -> LossSpec:
     """The `LossSpec` of ROLL's pipeline and actor_train configs; ValueError names what is not honoured."""
+    warn_outside("roll", "0.1", "0.2", "written for")
     f, w = PIPELINE.read(pipeline_config), _WORKER.read(worker_config)
     low, high = (f["pg_clip_low"], f["pg_clip_high"]) if f["use_pg_clip_range"] else (f["pg_clip"], f["pg_clip"])
     dual = 1 + 2 * f["pg_clip"] if f["dual_clip_loss"] else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastrl.adapters._batch import no_ids, offsets
 from fastrl.adapters._config import Options
+from fastrl.adapters._versions import warn_outside
 from fastrl.adapters._words import LOSS_WORDS, named_with
 from fastrl.functional import logprobs_from_logits, policy_loss
 from fastrl.rollout_correction import RolloutCorrection
@@ -58,6 +59,7 @@ _ARGS = Options(
 
 def spec_from_args(args: Any) -> tuple[LossSpec, dict[str, Any]]:
     """The `LossSpec` of slime's flags, and the flags; ValueError names what is not honoured."""
+    warn_outside("slime", "0.3", "0.5", "written for")
     f = _ARGS.read(args)
     by_sequence = f["advantage_estimator"] == "gspo"
     kinds = {None: None, "ppo": "ppo_clip", "reinforce": "reinforce"}
