@@ -1,7 +1,7 @@
 """SkyRL 0.4: its policy losses under `fastrl_*`, with its signature and its `AlgorithmConfig`.
 
+    cfg.trainer.algorithm.policy_loss_type = "fastrl_gspo"
     fastrl.adapters.skyrl.register(cfg)      # once, with the whole config, before the trainer is built
-    algorithm.policy_loss_type = "fastrl_gspo"
 
 SkyRL folds the loss reduction into the advantages of the mini-batch, so every loss is the plain sum over the mask; KL
 and entropy terms are added by its worker.
@@ -93,7 +93,9 @@ def register(config: Any) -> tuple[str, ...]:
     warn_outside("skyrl", "0.4", "0.5")
     trainer = fields_of(config).get("trainer")
     if trainer is None:
-        _checks.refuse("config", "SkyRL's whole config", config, "pass cfg, the one that has cfg.trainer")
+        _checks.refuse(
+            "config", "SkyRL's whole config", f"a {type(config).__name__}", "pass cfg, the one that has cfg.trainer"
+        )
     _check_trainer(fields_of(trainer))
     registry = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils").PolicyLossRegistry
     names = tuple(f"fastrl_{loss_type}" for loss_type in TYPES)

@@ -38,7 +38,7 @@ _ARGS = Options(
         "kl_coef", "opd_kl_coef", "value_clip", "loss_type", "loss_mask_type", "custom_loss_function_path", "clip_grad",
         "recompute_loss_function", "use_rollout_entropy", "score_centering_top_k", "ci_disable_kl_checker",
         "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "log_loss_scale_to_tensorboard",
-        "check_for_nan_in_loss_and_grad",
+        "eod_mask_loss",
     },
     refused={
         "custom_pg_loss_reducer_function_path": (None, "leave it None"),
@@ -52,7 +52,7 @@ _ARGS = Options(
     # of several hundred flags, those with such a word can shape a policy loss; the prefixes are Megatron's and SGLang's
     scope=named_with(
         LOSS_WORDS,
-        but=("cross_entropy", "dsa_", "grpo_", "indexer_", "moe_", "mtp_", "qk_clip", "rl_", "sglang_"),
+        but=("check_for_", "cross_entropy_", "dsa_", "grpo_", "moe_", "mtp_", "qk_clip", "rl_", "sglang_"),
     ),
 )  # fmt: skip
 

@@ -128,6 +128,9 @@ class Engine:
     def get_version(self) -> int:
         return 3
 
+    def create_process_group(self, parallel_strategy: Any) -> None:
+        pass
+
     def train_batch(self, batch: dict[str, Any], loss_fn: Any, loss_weight_fn: Any) -> dict[str, float]:
         self.losses.append(loss_fn(batch["x"], batch["x"], batch))
         return {}
@@ -146,10 +149,13 @@ class Controller:
     def __init__(self, train_engine: Any, config: Any, scheduler: Any) -> None:
         self.path = f"{train_engine.__module__}.{train_engine.__name__}"
 
+    def create_process_group(self, parallel_strategy: Any) -> None:
+        pass
+
 
 @functools.cache
 def areal() -> types.SimpleNamespace:
-    """AReaL 1.0.4: grpo_loss_fn and all that it calls, PPOActor, FSDPPPOActor, PPOActorConfig, import_from_string.
+    """AReaL 1.0.4: grpo_loss_fn and all that it calls, PPOTrainer, PPOActor, FSDPPPOActor, PPOActorConfig.
 
     `modules` are those of the actor and the engine, under their names."""
     need("areal")
@@ -168,6 +174,7 @@ def areal() -> types.SimpleNamespace:
     names["split_padded_tensor_dict_into_mb_list"] = lambda data, mb_spec: types.SimpleNamespace(mbs=[data])
     functions = execute("areal/trainer/ppo/actor.py", names)
     engines = execute("areal/engine/fsdp_engine.py", names, {"FSDPPPOActor"}.__contains__)
+    functions |= execute("areal/trainer/rl_trainer.py", names, {"PPOTrainer"}.__contains__)
     modules = {"areal.trainer.ppo.actor": "real_actor", "areal.engine.fsdp_engine": "real_fsdp_engine"}
     modules = {name: sys.modules[ours] for name, ours in modules.items()}
     return types.SimpleNamespace(**functions, FSDPPPOActor=engines["FSDPPPOActor"], modules=modules)

@@ -107,18 +107,24 @@ def test_skyrl(module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_areal(module, monkeypatch):
-    """In the launcher AReaL's trainer then takes our class by AReaL's name, and it calls our loss."""
+    """In the launcher AReaL's trainer then takes our class by AReaL's name, in both of its modes."""
     from fastrl.adapters import areal
 
     theirs = real.areal()
     for name, stand_in in theirs.modules.items():
         monkeypatch.setitem(sys.modules, name, stand_in)
-    engine = module("areal.engine", FSDPPPOActor=theirs.FSDPPPOActor)
-    module("areal", engine=engine)
+    module("areal", engine=module("areal.engine", FSDPPPOActor=theirs.FSDPPPOActor))
+    allocation = SimpleNamespace(backend="fsdp", parallel=None)
+
+    def engine(single_controller: bool) -> Any:
+        create = theirs.PPOTrainer._create_train_engine
+        monkeypatch.setitem(create.__globals__, "is_single_controller", lambda: single_controller)
+        return create(SimpleNamespace(scheduler=None), theirs.PPOActorConfig(), allocation)
+
     try:
         run("AReaL")
-        assert engine.FSDPPPOActor is not theirs.FSDPPPOActor
-        actor = engine.FSDPPPOActor(theirs.PPOActorConfig())
+        assert engine(single_controller=True).path == "fastrl.adapters.areal.FSDPPPOActor"
+        actor = engine(single_controller=False)
         actor.ppo_update([update_batch()])
         data = update_batch()
         assert torch.equal(actor.losses[0], areal.grpo_loss_fn(data["x"], data["x"], data))

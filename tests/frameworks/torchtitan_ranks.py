@@ -13,12 +13,13 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from frameworks import real
 from frameworks import test_torchtitan as cases
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fastrl.adapters.torchtitan import DAPOLoss
 
@@ -108,6 +109,9 @@ def run(rank: int, rendezvous: str) -> None:
     try:
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
         want = of_the_whole()
+        sums = DTensor.from_local(batch().logits, mesh, [Partial()])
+        with pytest.raises(ValueError, match="^logits: expected a DTensor without partial sums, got .*Partial"):
+            cases.call(DAPOLoss(None), batch(), sums, 17)
         both(mesh, real.torchtitan(), lambda shard: DTensor.from_local(shard, mesh, [Shard(2)]), want)
         both(mesh, torchtitan_with(mesh), lambda shard: shard, want)
     finally:
