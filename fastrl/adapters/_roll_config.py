@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor
 
 from fastrl.adapters._batch import k1_bounds
 from fastrl.adapters._config import Options, fields_of
+from fastrl.adapters._versions import warn_outside
+from fastrl.adapters._words import LOSS_WORDS, named_with
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.spec import LossSpec
 
 _WAY_OUT = "use ROLL's own ActorWorker"
+# its configs hold a whole trainer: of the fields that are not listed here, those with such a word are the loss's
+_SCOPE = named_with((*LOSS_WORDS, "kimi15", "importance", "mask", "ratio", "train_infer"))
 PIPELINE = Options(
     framework="ROLL",
     honoured={
         "pg_clip": 0.2, "use_pg_clip_range": False, "pg_clip_low": 0.2, "pg_clip_high": 0.2, "dual_clip_loss": False,
         "use_kl_loss": False, "kl_loss_coef": 0.0, "entropy_loss_coef": 0.0, "loss_agg_mode": "seq-mean-token-mean",
         "importance_sampling": "token", "train_infer_correction": None, "enable_old_logprobs_recompute": False,
+    },
+    elsewhere={  # rewards, advantages, critic, masks and the schedule; or of a refused option
+        "ppo_epochs", "value_clip", "kl_penalty", "target_kl", "init_kl_coef", "kl_horizon", "add_token_level_kl",
+        "reward_clip", "advantage_clip", "max_len_mask", "mask_type", "difficulty_mask", "error_max_len_clip",
+        "async_generation_ratio", "opd_kl_coef", "rollout_importance_sampling_ratio_upper_bound",
     },
     refused={
         "ratio_type": ("token", "leave it 'token'"),
@@ -32,7 +40,7 @@ PIPELINE = Options(
         "use_rollout_importance_sampling_ratio": (False, "set train_infer_correction.is_weight"),
     },
     own_loss=_WAY_OUT,
-    scope=re.compile("pg_|use_pg|dual_clip|use_kl_loss|loss_agg|importance_samp|train_infer|use_topr|.*loss_(coef|weight)$"),
+    scope=_SCOPE,
 )  # fmt: skip
 _WORKER = Options(
     framework="ROLL",
@@ -40,10 +48,11 @@ _WORKER = Options(
         "pg_variant": "ppo", "tis_lower_bound": 0.0, "tis_upper_bound": 1.0, "cispo_epsilon_low": 0.1,
         "cispo_epsilon_high": 0.1, "kimi15_tau": 0.1,
     },
-    elsewhere={"topr_positive_weight", "topr_negative_weight"},  # read by pg_variant "topr" alone
+    # of pg_variant "topr" alone; what ROLL's strategy multiplies the loss by
+    elsewhere={"topr_positive_weight", "topr_negative_weight", "apply_loss_scale"},
     refused={"cispo_use_unified_mask": (False, "use pg_variant 'ppo'")},
     own_loss=_WAY_OUT,
-    scope=re.compile("pg_variant|tis_|cispo_|kimi15_|topr_"),
+    scope=_SCOPE,
 )  # fmt: skip
 _CORRECTION = Options(framework="ROLL", honoured={"is_weight": None, "filters": ()}, own_loss=_WAY_OUT)
 _WEIGHT = Options(
@@ -70,6 +79,7 @@ _AGGREGATIONS = {
 
 def spec_from_config(pipeline_config: Any, worker_config: Any = None) -> LossSpec:
     """The `LossSpec` of ROLL's pipeline and actor_train configs; ValueError names what is not honoured."""
+    warn_outside("roll", "0.1", "0.2", "written for")
     f, w = PIPELINE.read(pipeline_config), _WORKER.read(worker_config)
     low, high = (f["pg_clip_low"], f["pg_clip_high"]) if f["use_pg_clip_range"] else (f["pg_clip"], f["pg_clip"])
     dual = 1 + 2 * f["pg_clip"] if f["dual_clip_loss"] else None

@@ -1,4 +1,4 @@
-"""Which versions of a trainer an adapter was tested with: others are used all the same, after one warning."""
+"""Which versions of a trainer an adapter is for: others are used all the same, after one warning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("fastrl")
 
 
 @functools.cache
-def warn_outside(package: str, lowest: str, below: str) -> None:
+def warn_outside(package: str, lowest: str, below: str, how: str = "tested with") -> None:
     """Warn once when the installed `package` is outside lowest <= version < below; pre-releases of `below` are outside.
 
     The warning goes to the logger `fastrl` and names the package, its version and the range. A package that was not
@@ -22,6 +22,7 @@ def warn_outside(package: str, lowest: str, below: str) -> None:
         package: the name of the distribution, e.g. "trl".
         lowest: the oldest version tested, e.g. "1.16".
         below: the first version not tested, e.g. "1.17".
+        how: what the adapter has to do with these versions; "written for" where none of them could be run.
     """
     try:
         version = importlib.metadata.version(package)
@@ -29,10 +30,11 @@ def warn_outside(package: str, lowest: str, below: str) -> None:
         return
     if not SpecifierSet(f">={lowest},<{below}").contains(version, prereleases=True):
         logger.warning(
-            "%s %s is outside the versions that this adapter was tested with: %s >=%s,<%s; install one of them if "
-            "something fails or differs",
+            "%s %s is outside the versions that this adapter was %s: %s >=%s,<%s; install one of them if something "
+            "fails or differs",
             package,
             version,
+            how,
             package,
             lowest,
             below,

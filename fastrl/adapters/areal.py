@@ -1,23 +1,32 @@
-"""AReaL 1.0.4: `grpo_loss_fn`, with its arguments, on its packed (or padded) batches.
+"""AReaL 1.0.4: `grpo_loss_fn`, with its arguments, on its packed (or padded) batches, and actor engines that use it.
 
-    import areal.trainer.ppo.actor as actor
-    actor.grpo_loss_fn = fastrl.adapters.areal.grpo_loss_fn       # before PPOActor.ppo_update
+    import areal.engine
+    from fastrl.adapters.areal import FSDPPPOActor       # or MegatronPPOActor, ArchonPPOActor
 
-or, with an engine of your own, `engine.train_batch(batch, functools.partial(grpo_loss_fn, eps_clip=..., ...),
-loss_weight_fn)`. The loss is the mean over the micro-batch's own tokens; the engine weighs micro-batches by
-`loss_weight_fn`. AReaL's KL is in the reward, its entropy a metric.
+    areal.engine.FSDPPPOActor = FSDPPPOActor             # before PPOTrainer is built
+
+The loss runs where the engine is: in AReaL's single-controller mode, its default, in worker processes, which import the
+engine's class by its path. Setting `areal.trainer.ppo.actor.grpo_loss_fn` in the launcher does nothing there. With an
+engine of your own: `engine.train_batch(batch, functools.partial(grpo_loss_fn, eps_clip=..., ...), loss_weight_fn)`.
+
+The loss is the mean over the micro-batch's own tokens; the engine weighs micro-batches by `loss_weight_fn`. AReaL's KL
+is in the reward, its entropy a metric.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import os
 import sys
 from typing import Any
 
 from torch import Tensor
 
+from fastrl.adapters._areal_engine import ENGINES, engine_class
 from fastrl.adapters._batch import flat_offsets, k1_bounds, no_ids, sequence_means
-from fastrl.adapters._config import Options
+from fastrl.adapters._config import Options, fields_of
 from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss
 from fastrl.metrics import Metrics
@@ -25,6 +34,7 @@ from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
 
+logger = logging.getLogger("fastrl")
 _ARGUMENTS = Options(
     framework="AReaL 1.0",
     honoured={
@@ -110,11 +120,13 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
     them.
 
     `arguments` are those of AReaL's grpo_loss_fn, with PPOActorConfig's defaults. Metrics go to AReaL's stats_tracker
-    as fastrl/<name>.
+    as fastrl/<name>, and the first call of a process is logged (logger "fastrl", INFO): without either it is not this
+    loss that trains.
 
     Raises:
         ValueError: an argument or an input that is not honoured or not known, named.
     """
+    _started()
     spec = spec_from_arguments(arguments)
     for name, value in input_data.items():
         if value is not None and (name == "teacher_logp" or "loss_weight" in name):
@@ -143,8 +155,28 @@ def grpo_loss_fn(logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], 
     return out.loss
 
 
+@functools.cache
+def _started() -> None:
+    warn_outside("areal", "1.0", "1.1")
+    logger.info("fastrl.adapters.areal.grpo_loss_fn is the loss of process %d", os.getpid())
+
+
 def _log(metrics: Metrics) -> None:
     tracker = sys.modules.get("areal.utils.stats_tracker")  # there, if AReaL is what calls
     if tracker is not None:
-        warn_outside("areal", "1.0", "1.1")
         tracker.scalar(**{f"fastrl/{name}": value for name, value in metrics.to_floats().items()})
+
+
+def check_actor_config(config: Any) -> None:
+    """Refuse of a `PPOActorConfig` what the loss would refuse of the arguments that AReaL makes of it."""
+    fields = fields_of(config)
+    known = (*_ARGUMENTS.honoured, *_ARGUMENTS.refused)
+    spec_from_arguments({name: fields[name] for name in known if name in fields})
+
+
+def __getattr__(name: str) -> Any:
+    """AReaL's actor engines with this loss, built when they are first asked for."""
+    if name not in ENGINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = engine_class(name, __name__, grpo_loss_fn, check_actor_config)
+    return globals()[name]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastrl.adapters._batch import no_ids, part_of_mean
 from fastrl.adapters._nemo_config import penalty_spec, policy_spec, read
+from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss
 from fastrl.rollouts import Rollouts
 
@@ -54,6 +55,7 @@ class ClippedPGLossFn:
     """
 
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False) -> None:
+        warn_outside("nemo-rl", "0.6", "0.8", "written for")
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.fields = read(cfg)
         self.spec = policy_spec(self.fields)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastrl.adapters._batch import flat_offsets, no_ids
 from fastrl.adapters._config import Options, fields_of
+from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rollouts import Rollouts
@@ -106,6 +107,7 @@ class LossOutputs(NamedTuple):
 @functools.cache
 def _mapped(loss_type: str, items: tuple[tuple[str, Any], ...]) -> tuple[LossSpec, bool, float]:
     """The spec, whether its ratio is against the sampler, and the factor of the advantages."""
+    warn_outside("prime-rl", "0.9", "0.10", "written for")
     kwargs = dict(items)
     if loss_type in _KINDS:
         kind = _KINDS[loss_type]

@@ -1,7 +1,7 @@
 """SkyRL 0.4: its policy losses under `fastrl_*`, with its signature and its `AlgorithmConfig`.
 
-    fastrl.adapters.skyrl.register(cfg.trainer.algorithm)      # once, before the trainer is built
-    algorithm.policy_loss_type = "fastrl_gspo"
+    cfg.trainer.algorithm.policy_loss_type = "fastrl_gspo"
+    fastrl.adapters.skyrl.register(cfg)      # once, with the whole config, before the trainer is built
 
 SkyRL folds the loss reduction into the advantages of the mini-batch, so every loss is the plain sum over the mask; KL
 and entropy terms are added by its worker.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl import _checks
 from fastrl.adapters._batch import no_ids
 from fastrl.adapters._config import fields_of
 from fastrl.adapters._skyrl_config import ALGORITHM, mapped
@@ -76,20 +77,43 @@ def _metrics(metrics: Metrics, loss_type: str) -> dict[str, float]:
     return named
 
 
-def register(algorithm: Any = None) -> tuple[str, ...]:
+def register(config: Any) -> tuple[str, ...]:
     """Register every loss of `TYPES` with SkyRL's `PolicyLossRegistry`; returns their names.
 
-    With SkyRL's `AlgorithmConfig`, what its policy_loss_type does not honour raises here, before training starts.
+    `config` is SkyRL's whole config (the object with `trainer`): what its policy_loss_type does not honour raises here,
+    before training starts. SkyRL goes by the name of a loss in two places, and ours are not in its sets of names. Its
+    fully async trainer refuses losses that read old log-probs, for which it keeps no policy: that refusal is here
+    instead. And it saves the forward pass for old log-probs that rollout_is and dppo do not read: with ours it takes
+    it.
 
     Raises:
-        ValueError: a field that is not honoured or not known, named.
+        ValueError: a field that is not honoured or not known, named; a part of the config; a loss that reads old
+            log-probs, with trainer.fully_async.enabled.
     """
-    warn_outside("skyrl", "0.3", "0.5")
-    chosen = "" if algorithm is None else str(fields_of(algorithm).get("policy_loss_type"))
-    if chosen.startswith("fastrl_"):
-        mapped(chosen.removeprefix("fastrl_"), algorithm)
+    warn_outside("skyrl", "0.4", "0.5")
+    trainer = fields_of(config).get("trainer")
+    if trainer is None:
+        _checks.refuse(
+            "config", "SkyRL's whole config", f"a {type(config).__name__}", "pass cfg, the one that has cfg.trainer"
+        )
+    _check_trainer(fields_of(trainer))
     registry = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils").PolicyLossRegistry
     names = tuple(f"fastrl_{loss_type}" for loss_type in TYPES)
     for name, loss_type in zip(names, TYPES, strict=True):
         registry.register(name, functools.partial(policy_loss_fn, loss_type=loss_type))
     return names
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    algorithm = trainer["algorithm"]
+    chosen = str(fields_of(algorithm).get("policy_loss_type"))
+    if not chosen.startswith("fastrl_"):
+        return
+    anchor = mapped(chosen.removeprefix("fastrl_"), algorithm).anchor
+    if anchor == "old" and fields_of(trainer.get("fully_async") or {}).get("enabled", False):
+        ALGORITHM.refuse(
+            "policy_loss_type",
+            chosen,
+            "with trainer.fully_async.enabled use fastrl_rollout_is, fastrl_dppo or fastrl_cispo with "
+            "cispo.cispo_anchor='rollout': no stale policy is kept for old log-probs",
+        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import re
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from fastrl.adapters._batch import no_ids, offsets
 from fastrl.adapters._config import Options
+from fastrl.adapters._versions import warn_outside
+from fastrl.adapters._words import LOSS_WORDS, named_with
 from fastrl.functional import logprobs_from_logits, policy_loss
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rollouts import Rollouts
@@ -33,7 +34,12 @@ _ARGS = Options(
         "custom_tis_function_path": None, "use_opsm": False, "opsm_delta": 1e-4, "calculate_per_token_loss": False,
         "rollout_temperature": 1.0, "tensor_model_parallel_size": 1,
     },
-    elsewhere={"kl_coef", "custom_loss_function_path"},
+    elsewhere={  # advantages, critic, masks, checks and Megatron's loss scaling
+        "kl_coef", "opd_kl_coef", "value_clip", "loss_type", "loss_mask_type", "custom_loss_function_path", "clip_grad",
+        "recompute_loss_function", "use_rollout_entropy", "score_centering_top_k", "ci_disable_kl_checker",
+        "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "log_loss_scale_to_tensorboard",
+        "eod_mask_loss",
+    },
     refused={
         "custom_pg_loss_reducer_function_path": (None, "leave it None"),
         "get_mismatch_metrics": (False, "leave it off: fastrl reports its own"),
@@ -43,16 +49,17 @@ _ARGS = Options(
         "allgather_cp": (False, "leave it off"),
     },
     own_loss="use --loss-type policy_loss",
-    # of several hundred flags, those that can shape a policy loss
-    scope=re.compile(
-        "eps_|kl_|use_kl|use_unbiased|entropy_|tis_|use_tis|opsm_|use_opsm|pg_|use_pg|ppo_|gspo_|cispo_|sapo_|dual_clip"
-        "|loss_agg|custom_(tis|pg|loss)|score_centering$"
+    # of several hundred flags, those with such a word can shape a policy loss; the prefixes are Megatron's and SGLang's
+    scope=named_with(
+        LOSS_WORDS,
+        but=("check_for_", "cross_entropy_", "dsa_", "grpo_", "moe_", "mtp_", "qk_clip", "rl_", "sglang_"),
     ),
 )  # fmt: skip
 
 
 def spec_from_args(args: Any) -> tuple[LossSpec, dict[str, Any]]:
     """The `LossSpec` of slime's flags, and the flags; ValueError names what is not honoured."""
+    warn_outside("slime", "0.3", "0.5", "written for")
     f = _ARGS.read(args)
     by_sequence = f["advantage_estimator"] == "gspo"
     kinds = {None: None, "ppo": "ppo_clip", "reinforce": "reinforce"}

@@ -3,7 +3,8 @@
     from fastrl.adapters.torchtitan import DAPOLoss   # instead of torchtitan.experiments.rl.losses
 
 Same `Config`, same call. ℓ = −min(r·A, clip(r)·A) per token, r = exp(logp − generator logp) with the log-ratio held to
-±10; tokens without a finite generator log-prob are dropped; Σℓ / global_valid_tokens.
+±10; tokens without a finite generator log-prob are dropped; Σℓ / global_valid_tokens. A vocabulary that tensor
+parallelism has split is gathered first, as torchtitan's own losses do.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrl import _checks
 from fastrl.adapters._batch import flat_offsets, part_of_mean
 from fastrl.adapters._config import Options
+from fastrl.adapters._torchtitan_batch import LOG_RATIO_LIMIT, comparison, whole_vocabulary
 from fastrl.adapters._versions import warn_outside
 from fastrl.functional import policy_loss_from_logits
 from fastrl.rollouts import Rollouts
@@ -25,26 +26,24 @@ from fastrl.spec import Aggregation, LossSpec
 _WAY_OUT = "use torchtitan.experiments.rl.losses"
 _DAPO = Options(
     framework="torchtitan 0.3",
-    honoured={"ratio_clip_low": 0.2, "ratio_clip_high": 0.2},
-    elsewhere={"global_vocab_size"},
+    honoured={"ratio_clip_low": 0.2, "ratio_clip_high": 0.2, "global_vocab_size": None},
     own_loss=_WAY_OUT,
 )
-_GRPO = dataclasses.replace(_DAPO, honoured={"clip_eps": 0.2})
-
-
-def _spec(low: float, high: float) -> LossSpec:
-    return LossSpec(epsilon_low=low, epsilon_high=high, log_ratio_clamp=10.0, aggregation=Aggregation.TOKEN_MEAN)
+_GRPO = dataclasses.replace(_DAPO, honoured={"clip_eps": 0.2, "global_vocab_size": None})
 
 
 class DAPOLoss:
     """`torchtitan.experiments.rl.losses.DAPOLoss`; `loss(logits, labels, global_valid_tokens, ...) -> (loss, metrics)`.
 
-    Metrics, as parts that sum over micro-batches and ranks: loss/mean, loss/ratio_mean, bit_wise/logprob_diff/mean,
-    trainer/entropy/mean; fastrl's own under fastrl/.
+    Metrics, all that torchtitan's own have, as parts that add up over chunks, micro-batches and ranks (of "/max" the
+    largest counts), and fastrl/clip_frac (by the sign of A), fastrl/clamped_frac. torchtitan combines by the end of a
+    name: it must be one that it knows.
 
     Raises:
         ValueError: a field of the config that is not known, named.
     """
+
+    options = _DAPO
 
     @dataclass(kw_only=True)
     class Config:
@@ -60,12 +59,19 @@ class DAPOLoss:
     def __init__(self, config: Any = None, *, compile_config: Any = None) -> None:
         del compile_config  # the kernels are compiled as they are; the torch backend works under torch.compile as it is
         warn_outside("torchtitan", "0.3", "0.4")
-        self.spec = self._spec_of(config)
+        fields = self.options.read(config)
+        self.global_vocab_size: int | None = fields["global_vocab_size"]
+        self.low, self.high = self._bounds(fields)
+        self.spec = LossSpec(
+            epsilon_low=self.low,
+            epsilon_high=self.high,
+            log_ratio_clamp=LOG_RATIO_LIMIT,
+            aggregation=Aggregation.TOKEN_MEAN,
+        )
 
     @staticmethod
-    def _spec_of(config: Any) -> LossSpec:
-        fields = _DAPO.read(config)
-        return _spec(fields["ratio_clip_low"], fields["ratio_clip_high"])
+    def _bounds(fields: dict[str, Any]) -> tuple[float, float]:
+        return fields["ratio_clip_low"], fields["ratio_clip_high"]
 
     def __call__(
         self,
@@ -77,9 +83,12 @@ class DAPOLoss:
         advantages: Tensor,
         loss_mask: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, L, V) or (T, V), labels shifted by the framework; everything else (B, L) or (T,)."""
-        if type(logits).__name__ == "DTensor":
-            _checks.refuse("logits", "a plain tensor with the whole vocabulary", "a DTensor", "gather its vocabulary")
+        """Logits (B, L, V) or (T, V), labels shifted by the framework; everything else (B, L) or (T,).
+
+        Raises:
+            ValueError: logits that are not of the whole vocabulary and cannot be gathered.
+        """
+        logits = whole_vocabulary(logits, self.global_vocab_size)
         keep = loss_mask.bool() & generator_logprobs.isfinite()
         rollouts = Rollouts(labels, keep, advantages, old_logps=generator_logprobs, cu_seqlens=flat_offsets(labels))
         count: float | Tensor | None = None
@@ -97,8 +106,9 @@ class DAPOLoss:
             "loss/ratio_mean": part_of_mean(out.metrics, "ratio_mean", whole),
             "bit_wise/logprob_diff/mean": -part_of_mean(out.metrics, "approx_kl", whole),
             "trainer/entropy/mean": part_of_mean(out.metrics, "entropy", whole),
-            "fastrl/clip_fraction": part_of_mean(out.metrics, "clip_fraction", whole),
-            "fastrl/clamped_fraction": part_of_mean(out.metrics, "clamped_fraction", whole),
+            "fastrl/clip_frac": part_of_mean(out.metrics, "clip_fraction", whole),
+            "fastrl/clamped_frac": part_of_mean(out.metrics, "clamped_fraction", whole),
+            **comparison(out.logps, generator_logprobs, keep, (1 - self.low, 1 + self.high), whole),
         }
         return out.loss, metrics
 
@@ -116,7 +126,8 @@ class GRPOLoss(DAPOLoss):
         def build(self, **kwargs: Any) -> GRPOLoss:
             return GRPOLoss(self, **kwargs)
 
+    options = _GRPO
+
     @staticmethod
-    def _spec_of(config: Any) -> LossSpec:
-        epsilon = _GRPO.read(config)["clip_eps"]
-        return _spec(epsilon, epsilon)
+    def _bounds(fields: dict[str, Any]) -> tuple[float, float]:
+        return fields["clip_eps"], fields["clip_eps"]

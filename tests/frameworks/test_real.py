@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -76,16 +77,29 @@ def test_skyrls_registry_takes_our_losses(monkeypatch):
     module = ModuleType("ppo_utils")
     module.PolicyLossRegistry = registry
     monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils.ppo_utils", module)
-    names = skyrl.register()
+    cfg = real.skyrl().config.AlgorithmConfig(policy_loss_type="fastrl_sapo")
+    trainer = SimpleNamespace(algorithm=cfg, fully_async=real.skyrl().config.FullyAsyncConfig())
+    names = skyrl.register(SimpleNamespace(trainer=trainer))
     assert set(names) <= set(registry.list_available())
     with pytest.raises(ValueError, match="already registered"):
-        skyrl.register()
-    b, cfg = scored(), real.skyrl().config.AlgorithmConfig()
+        skyrl.register(SimpleNamespace(trainer=trainer))
+    b = scored()
     sent = pickle.loads(pickle.dumps(registry.get("fastrl_sapo")))
     want = skyrl.policy_loss_fn(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout, loss_type="sapo")[0]
     assert torch.equal(sent(b.logps, b.old, b.advantages, cfg, b.mask, b.rollout)[0], want)
     for name in names:
         registry.unregister(name)
+
+
+def test_skyrls_fully_async_trainer_refuses_the_same_losses():
+    """Those in its set of names; of cispo it looks at the anchor, as the test of `register` does."""
+    from fastrl.adapters._skyrl_config import mapped
+
+    theirs = real.skyrl()
+    reads_old = {t for t in skyrl.TYPES if mapped(t, theirs.config.AlgorithmConfig()).anchor == "old"}
+    assert reads_old == {str(t) for t in theirs.LOSSES_WITH_OLD_LOGPROBS} - {"cross_entropy"}
+    assert {str(t) for t in theirs.LOSSES_WITHOUT_OLD_LOGPROBS} == set(skyrl.TYPES) - reads_old
+    assert theirs.config.FullyAsyncConfig().enabled is False
 
 
 def test_every_field_of_skyrls_config_is_known():
@@ -136,12 +150,60 @@ def test_torchtitan(name):
     call = torchtitan_cases.call
     same(lambda x: call(own, batch, x, 17)[0], lambda x: call(peer, batch, x, 17)[0], batch.logits, rtol=2e-5)
     want, got = call(peer, batch, batch.logits, 17)[1], call(own, batch, batch.logits, 17)[1]
-    shared = set(want) & set(got)
-    assert shared == {"loss/mean", "loss/ratio_mean", "bit_wise/logprob_diff/mean", "trainer/entropy/mean"}
-    for metric in shared:
+    assert set(got) == {*want, "fastrl/clip_frac", "fastrl/clamped_frac"}
+    for metric in want:
+        assert float(want[metric]) != 0, metric
         assert math.isclose(float(got[metric]), float(want[metric]), rel_tol=2e-5, abs_tol=1e-7), metric
     config = {f.name: f.default for f in dataclasses.fields(theirs.GRPOLoss.Config)}
     assert config == {"clip_eps": torchtitan.GRPOLoss.Config().clip_eps}
+
+
+def _chunked(loss_config, batch, chunks):
+    """torchtitan's wrapper around a loss, from hidden states: loss, their gradient, the head's, metrics."""
+    wrapper = real.torchtitan().ChunkedLossWrapper
+    head = torch.nn.Linear(5, 11, bias=False)
+    g = torch.Generator().manual_seed(7)
+    torch.nn.init.normal_(head.weight, generator=g)
+    hidden = torch.randn(3, 6, 5, generator=g).requires_grad_()
+    loss = wrapper(wrapper.Config(num_chunks=chunks, loss_fn=loss_config))
+    loss.set_lm_head(head)
+    value, metrics = torchtitan_cases.call(loss, batch, hidden, 17)
+    value.backward()
+    return value.detach(), hidden.grad, head.weight.grad, metrics
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_torchtitans_chunked_wrapper(chunks):
+    """Chunks add up to one call, and a chunk's loss, gradients and metrics are those of torchtitan's own loss."""
+    batch = torchtitan_cases.microbatch()
+    for name in ("generator_logprobs", "advantages"):
+        setattr(batch, name, getattr(batch, name).float())
+    theirs = real.torchtitan().DAPOLoss
+
+    runs = [_chunked(torchtitan.DAPOLoss.Config(), batch, n) for n in (chunks, 1)]
+    runs.append(_chunked(SimpleNamespace(build=functools.partial(theirs, theirs.Config())), batch, chunks))
+    for run in runs[1:]:
+        for got, want in zip(runs[0][:3], run[:3], strict=True):
+            assert want.abs().max() > 1e-4
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+        shared = set(runs[0][3]) & set(run[3])
+        assert len(shared) >= 7
+        for metric in shared:
+            assert math.isclose(float(runs[0][3][metric]), float(run[3][metric]), rel_tol=2e-5, abs_tol=1e-6), metric
+
+
+def test_torchtitan_adds_our_metrics_over_micro_batches():
+    """By the end of their names: one that it does not know would keep the first micro-batch's value."""
+    loss = torchtitan.DAPOLoss(None)
+    parts = [
+        torchtitan_cases.call(loss, b, b.logits, 30)[1]
+        for b in map(torchtitan_cases.microbatch, ("padded",) * 2, (0, 1))
+    ]
+    parts = [{name: float(value) for name, value in part.items()} for part in parts]
+    for name, value in real.torchtitan().combine_microbatch_metrics(parts).items():
+        both = [part[name] for part in parts]
+        assert value == pytest.approx(max(both) if name.endswith("/max") else sum(both)), name
+        assert name.startswith("fastrl/") or min(map(abs, both)) > 0, name
 
 
 def test_every_argument_of_areals_loss_is_known():

@@ -10,7 +10,6 @@ import torch
 from frameworks.batches import assert_same, scored, sequence_mean
 
 from fastrl.adapters import roll
-from fastrl.adapters._roll_config import spec_from_config
 
 
 class Strategy:
@@ -236,34 +235,6 @@ def test_metrics():
     assert metrics["actor/ratio_min@min"] == pytest.approx(float(ratio.min()), rel=1e-6)
     assert metrics["actor/total_loss@sum"] == pytest.approx(float(loss))
     assert all(isinstance(value, float) and "@" in name for name, value in metrics.items())
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "worker", "named"),
-    [
-        ({"ratio_type": "segment"}, {}, "ratio_type"),
-        ({"rl_loss_coef": 0.5}, {}, "rl_loss_coef"),
-        ({"postive_loss_coef": 0.1}, {}, "postive_loss_coef"),
-        ({"use_topr_neg_loss_coef": 0.1}, {}, "use_topr_neg_loss_coef"),
-        ({"difficulty_loss_weight": True}, {}, "difficulty_loss_weight"),
-        ({"pg_soft_clip": 0.1}, {}, "pg_soft_clip"),
-        ({"prompt_kl_loss_coef": 0.1}, {}, "prompt_kl_loss_coef"),
-        ({"loss_agg_mode": "prompt-mean"}, {}, "loss_agg_mode"),
-        ({"importance_sampling": "segment"}, {}, "importance_sampling"),
-        ({}, {"pg_variant": "topr"}, "pg_variant"),
-        ({}, {"cispo_use_unified_mask": True}, "cispo_use_unified_mask"),
-        ({}, {"tis_sequence": True}, "tis_sequence"),
-        (correct({"weight_type": "segment"}), {}, "is_weight.weight_type"),
-        (correct(None, {"agg_type": "segment"}), {}, "filters.agg_type"),
-        (correct(None, {}, {}), {}, "filters"),
-        (correct(None, {"ratio_enabled": False, "diff_enabled": True, "diff_low": -0.1}), {}, "filters.diff_low"),
-        (correct(None, {"veto": 1}), {}, "veto"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refused_by_name(pipeline, worker, named):
-    with pytest.raises(ValueError, match=f"^{named}: "):
-        spec_from_config(pipeline, worker)
 
 
 def test_the_worker_class(monkeypatch):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,20 +269,3 @@ def test_needs_rollout_log_probs():
     b = scored()
     with pytest.raises(ValueError, match="^rollout_logprobs: "):
         skyrl.policy_loss_fn(b.logps, b.old, b.advantages, config(), b.mask, None, loss_type="rollout_is")
-
-
-def test_register(monkeypatch):
-    """Every loss goes to the registry that SkyRL keeps, under its own name."""
-    table = {}
-    module = ModuleType("ppo_utils")
-    module.PolicyLossRegistry = SimpleNamespace(register=table.__setitem__)
-    monkeypatch.setitem(sys.modules, "skyrl.backends.skyrl_train.utils.ppo_utils", module)
-    for refused in ({"policy_loss_type": "fastrl_topr"}, {"policy_loss_type": "fastrl_gspo", "use_tis": True}):
-        with pytest.raises(ValueError, match="^(policy_loss_type|use_tis): "):
-            skyrl.register(refused)
-    assert not table
-    names = skyrl.register({"policy_loss_type": "fastrl_gspo"})
-    assert set(names) == set(table) == {f"fastrl_{name}" for name in skyrl.TYPES}
-    b = scored()
-    loss, _ = table["fastrl_dual_clip"](b.logps, b.old, b.advantages, config=config(), loss_mask=b.mask)
-    torch.testing.assert_close(loss, masked_sum(ppo(b.logps, b.old, b.advantages, 0.2, 0.2, 3.0), b.mask))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from frameworks.batches import assert_same, sequence_mean, value_and_gradient
 
-from fastrl.adapters.slime import policy_loss_function
+from fastrl.adapters.slime import policy_loss_function, spec_from_args
 
 TOTALS, RESPONSES = [5, 9, 4, 7], [3, 6, 0, 5]
 PADDING = 3  # Megatron pads the packed row
@@ -243,6 +243,9 @@ def test_metrics_are_reduced_by_slimes_reducer():
         ({"pg_loss_type": "sapo"}, "pg_loss_type"),
         ({"eps_clip_soft": 0.1}, "eps_clip_soft"),
         ({"kl_loss_schedule": "cosine"}, "kl_loss_schedule"),
+        ({"use_fancy_loss": True}, "use_fancy_loss"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        ({"use_sapo": True}, "use_sapo"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -250,3 +253,20 @@ def test_refused_by_name(flags, named):
     batch, logits = batch_of()
     with pytest.raises(ValueError, match=f"^{named}: "):
         policy_loss_function(args_of(**flags), batch, logits, reducer(batch, False))
+
+
+OTHERS = {  # slime's, Megatron's and SGLang's own, some with a word of the loss in their names
+    "loss_type": "custom_loss", "loss_mask_type": "qwen", "recompute_loss_function": True, "value_clip": 0.2,
+    "opd_kl_coef": 1.0, "opd_type": "sglang", "use_rollout_entropy": True, "ci_disable_kl_checker": False,
+    "score_centering_top_k": 128, "normalize_advantages": True, "grpo_std_normalization": True,
+    "min_batch_collection_ratio": 1, "initial_loss_scale": 2**32, "min_loss_scale": 1.0, "loss_scale_window": 1000,
+    "check_for_nan_in_loss_and_grad": True, "check_for_spiky_loss": False, "eod_mask_loss": False,
+    "moe_aux_loss_coeff": 0.001, "moe_z_loss_coeff": None,
+    "mtp_loss_scaling_factor": 0.2, "cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te",
+    "grpo_kl_beta": 0.001, "grpo_entropy_term_weight": 0.0, "mask_prob": 0.15, "qk_clip_threshold": 100.0,
+    "sglang_clip_max_new_tokens_estimation": 4096, "lr": 1e-6,
+}  # fmt: skip
+
+
+def test_other_flags_are_not_the_losss_business():
+    assert spec_from_args(args_of(**OTHERS))[0] == spec_from_args(args_of())[0]

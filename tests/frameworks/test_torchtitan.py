@@ -11,11 +11,11 @@ from frameworks.batches import assert_same, masked_sum, ppo
 from fastrl.adapters.torchtitan import DAPOLoss, GRPOLoss
 
 
-def microbatch(layout="padded", seed=0):
+def microbatch(layout="padded", seed=0, columns=11):
     """Logits, labels already shifted with -100 where nothing counts, one token that the generator did not score."""
     g = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(3, 6, 11, generator=g, dtype=torch.float64)
-    labels = torch.randint(11, (3, 6), generator=g)
+    logits = 2 * torch.randn(3, 6, columns, generator=g, dtype=torch.float64)
+    labels = torch.randint(columns, (3, 6), generator=g)
     mask = torch.rand(3, 6, generator=g) < 0.7
     mask[2] = seed == 0
     logps = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
@@ -86,10 +86,16 @@ def test_micro_batches_and_metrics_add_up():
         "loss/ratio_mean": float(torch.cat(ratio).mean()),
         "bit_wise/logprob_diff/mean": float(torch.cat(d).mean()),
         "trainer/entropy/mean": float(torch.cat(entropy).mean()),
+        "loss/ratio_clipped_frac": float(((torch.cat(ratio) - 1).abs() > 0.2).double().mean()),
+        "bit_wise/ratio_tokens_different/mean": float((torch.cat(d).abs() > 1e-6).double().mean()),
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
-    assert metrics["fastrl/clamped_fraction"] > 0
+    assert 0 < expected["loss/ratio_clipped_frac"] < 1
+    assert 0 < metrics["fastrl/clip_frac"] < expected["loss/ratio_clipped_frac"], "ours goes by the sign of A"
+    assert metrics["fastrl/clamped_frac"] > 0
+    largest = max(float(r[1]["bit_wise/logprob_diff/max"]) for r in results)
+    assert largest == pytest.approx(float(torch.cat(d).abs().max()), rel=1e-5)
 
 
 def test_refuses():
@@ -98,9 +104,23 @@ def test_refuses():
     with pytest.raises(ValueError, match="^ratio_clip_low: "):
         GRPOLoss(DAPOLoss.Config())
 
-    class DTensor(torch.Tensor):
-        pass
 
+def test_a_part_of_the_vocabulary_is_refused():
+    """Ids inside of a shard would have got a log-prob, over a part of the vocabulary."""
     batch = microbatch()
-    with pytest.raises(ValueError, match="^logits: expected a plain tensor with the whole vocabulary, got a DTensor"):
-        call(DAPOLoss(None), batch, batch.logits.as_subclass(DTensor), 3)
+    batch.labels = batch.labels.clamp(max=4)
+    loss = GRPOLoss.Config(global_vocab_size=11).build()
+    call(loss, batch, batch.logits, 3)
+    message = r"^logits: expected 11 columns \(global_vocab_size\), got a float64 tensor of shape \(3, 6, 5\)"
+    with pytest.raises(ValueError, match=message):
+        call(loss, batch, batch.logits[..., :5], 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_vocabulary_over_two_processes(tmp_path):
+    """Tensor parallelism in both of torchtitan's forms, DTensors and the plain shards of its default backend: loss,
+    metrics and each rank's gradient are torchtitan's, and those of the whole vocabulary."""
+    from frameworks import real, torchtitan_ranks
+
+    real.torchtitan()  # skips here, not in the processes
+    torch.multiprocessing.spawn(torchtitan_ranks.run, args=(str(tmp_path / "rendezvous"),), nprocs=2)
