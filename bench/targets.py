@@ -208,18 +208,22 @@ def _against_eager(case: str, target: Target, ours: Row, others: dict[str, Row])
 
 
 def gradients_mib(shape: Mapping[str, Any], head: str) -> float:
-    """dhidden, and for a trainable head its gradient: summed in fp32, and once more in the head's own dtype if that is
-    another."""
+    """dhidden, and for a trainable head its gradient: in its own dtype where all logits fit one buffer, else summed in
+    fp32 and once more in the head's dtype if that is another."""
     item = DTYPES[shape["dtype"]].itemsize
     size = shape["rows"] * shape["hidden"] * item
     if head == "trainable":
-        size += shape["vocab"] * shape["hidden"] * (4 if item == 4 else 4 + item)
+        in_one = item == 4 or _logits_mib(shape) <= BUFFER_MIB
+        size += shape["vocab"] * shape["hidden"] * (item if in_one else 4 + item)
     return size / 2**20
 
 
+def _logits_mib(shape: Mapping[str, Any]) -> float:
+    return shape["rows"] * shape["vocab"] * DTYPES[shape["dtype"]].itemsize / 2**20
+
+
 def _buffer_mib(shape: Mapping[str, Any]) -> float:
-    logits = shape["rows"] * shape["vocab"] * DTYPES[shape["dtype"]].itemsize / 2**20
-    return min(BUFFER_MIB, logits) + SLACK_MIB
+    return min(BUFFER_MIB, _logits_mib(shape)) + SLACK_MIB
 
 
 def _verdict(case: str, wanted: str, found: float | None, pattern: str, met: Any) -> Verdict:

@@ -16,17 +16,21 @@ LARGE = {"rows": 4096, "vocab": 151936, "hidden": 4096, "dtype": "bf16", "device
 
 
 @pytest.mark.parametrize(
-    ("target", "peak", "met"),
-    # dhidden 32 MiB, the head's gradient in fp32 and bf16 3561 MiB, buffer 1187 MiB (all of its logits), slack 64 MiB
+    ("target", "rows_of_logits", "peak", "met"),
+    # 4096 rows, in one buffer: dhidden 32 MiB, the head's gradient 1187 MiB, buffer 1187 MiB (all logits), slack 64 MiB;
+    # 8192 rows: dhidden 64 MiB, the head's gradient in fp32 and bf16 3561 MiB, buffer 1280 MiB, slack 64 MiB
     [
-        ("hidden", 4843.0, True),
-        ("hidden", 4845.0, False),
-        ("hidden-frozen", 1282.0, True),
-        ("hidden-frozen", 1284.0, False),
+        ("hidden", 4096, 2469.0, True),
+        ("hidden", 4096, 2471.0, False),
+        ("hidden", 8192, 4968.0, True),
+        ("hidden", 8192, 4970.0, False),
+        ("hidden-frozen", 4096, 1282.0, True),
+        ("hidden-frozen", 4096, 1284.0, False),
     ],
 )
-def test_peak_memory_is_the_gradients_and_one_buffer(target: str, peak: float, met: bool) -> None:
-    rows = [row("fastrl", 1.0, target=target, shape=LARGE, peak_mib=peak)]
+def test_peak_memory_is_the_gradients_and_one_buffer(target: str, rows_of_logits: int, peak: float, met: bool) -> None:
+    shape = LARGE | {"rows": rows_of_logits}
+    rows = [row("fastrl", 1.0, target=target, shape=shape, peak_mib=peak)]
     (verdict,) = (v for v in targets.verdicts(rows) if "one buffer" in v.wanted)
     assert verdict.met is met
     (verdict,) = (v for v in targets.verdicts([rows[0] | {"peak_mib": None}]) if "one buffer" in v.wanted)
