@@ -99,7 +99,7 @@ def warp_size(arch: str) -> int:
     return CHIPS[arch].warp_size if arch in CHIPS else 32
 
 
-def few_rows(rows: int, arch: str, variant: tuple[Any, ...] = ()) -> bool:
+def few_rows(rows: int, arch: str, variant: tuple[Any, ...]) -> bool:
     """Whether so few rows leave multiprocessors idle that the tiles of a row should be programs of their own.
 
     Not once `variant` has met more rows: both ways give the same bits, and a new number of rows must compile nothing.
