@@ -45,7 +45,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trl,parity,dev]'
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt liger-kernel cut-cross-entropy spmd_types
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt $(ANY_PYTHON) --target $(VENV)/peers verl openrlhf
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python -c constraints.txt --only-binary=:all: \
 		--target $(VENV)/peers skyrl areal torchtitan
