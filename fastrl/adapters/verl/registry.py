@@ -11,7 +11,8 @@ from fastrl.adapters.verl.advantages import ADVANTAGE_ESTIMATORS
 from fastrl.adapters.verl.config import PREFIX
 from fastrl.adapters.verl.losses import POLICY_LOSSES
 
-TESTED = ("0.9", "0.10")
+TESTED = ("0.9.1", "0.10")
+"""0.9.0 has other fields in its ActorConfig, and its gspo one aggregation only."""
 
 
 def _core() -> Any:
@@ -21,9 +22,9 @@ def _core() -> Any:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("verl"):
             raise
-        raise ModuleNotFoundError(
-            "fastrl.adapters.verl: verl is not installed; pip install 'verl>=0.9,<0.10'", name="verl"
-        ) from error
+        span = "verl>={},<{}".format(*TESTED)
+        message = f"fastrl.adapters.verl: verl is not installed; pip install '{span}'"
+        raise ModuleNotFoundError(message, name="verl") from error
 
 
 def register() -> list[str]:
