@@ -58,7 +58,7 @@ def no_reward(completions: list[str], **_: Any) -> list[float]:
 
 def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_reward, rows: int = 8, **options: Any):
     """A trainer around `policy`; what its constructor takes besides the config goes by the names in `given`."""
-    given = {name: options.pop(name) for name in ("level", "peft_config") if name in options}
+    given = {name: options.pop(name) for name in ("level", "peft_config", "rollout_func") if name in options}
     config = trl.RLOOConfig if issubclass(cls, trl.RLOOTrainer) else trl.GRPOConfig
     settings = {
         "output_dir": tempfile.gettempdir(),
