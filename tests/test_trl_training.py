@@ -28,14 +28,14 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("level", ["hidden", "logits"])
-def test_under_torch_compile(level, folder):
+@pytest.mark.parametrize(("level", "backend"), [("hidden", "eager"), ("logits", "eager"), ("hidden", "inductor")])
+def test_under_torch_compile(level, backend, folder):
     """The backbone is one graph, compiled once, and the curve stays."""
     options = {"max_steps": 8, "num_iterations": 2, "level": level}
     eager, _ = train(GRPOTrainer, folder, **options)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, _ = train(GRPOTrainer, folder, torch_compile=True, torch_compile_backend="eager", **options)
+    compiled, _ = train(GRPOTrainer, folder, torch_compile=True, torch_compile_backend=backend, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for a, b in zip(eager, compiled, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4, abs=1e-6)

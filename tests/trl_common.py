@@ -133,6 +133,12 @@ def grpo_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in ("old_logps", "importance_sampling_ratio")}
 
 
+def rloo_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A `scored_batch` as an RLOO trainer has it, whose old log-probs are those of whole completions."""
+    batch, other = scored_batch(it, images), ("tool_mask", "importance_sampling_ratio")
+    return {name: value for name, value in batch.items() if name not in other and not name.endswith("token_logps")}
+
+
 class Result(NamedTuple):
     loss: Tensor
     gradients: dict[str, Tensor]
