@@ -61,9 +61,6 @@ class Plugin:
         remedy = "use level='logits', where the model applies its own head, or level='logprobs'"
         if self.trainer.is_fsdp_enabled and not getattr(self.trainer.accelerator, "is_fsdp2", False):
             config.refuse("fsdp", "version 1", f"set fsdp_config={{'version': 2}}; or {remedy}")
-        plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            config.refuse("deepspeed", "zero_stage 3", remedy)
         model = base_model(self.trainer.model, self.trainer.accelerator)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             config.refuse("device_map", model.hf_device_map, remedy)
