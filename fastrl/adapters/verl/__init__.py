@@ -4,8 +4,8 @@
     algorithm.adv_estimator=fastrl_rloo                             # instead of: rloo
 
 The plug-in entry point registers the names when verl is imported; `register()` does it by hand. Estimators that verl's
-trainers know by name (grpo, gae, ...) run fastrl through `install()`. Nothing is registered
-or changed by importing this package.
+trainers know by name (grpo, gae, ...) run fastrl through `install()`. Importing this package registers and changes
+nothing.
 """
 
 from fastrl.adapters.verl.advantages import ADVANTAGE_ESTIMATORS

@@ -54,8 +54,9 @@ def install(names: Iterable[str] | None = None) -> None:
     """Stand in for verl's own losses and estimators, so that its own names run fastrl in this process.
 
     verl's trainers hand some data to an estimator of its own name only (gae, gdpo, remax, the optimal token baselines),
-    and their bypass mode sets loss_mode itself: there a name of ours cannot be used, and this is the way. `restore()`
-    undoes it. Every worker process that computes a loss needs the call.
+    score the last output of a session under the name grpo only, and set loss_mode themselves in bypass mode: there a
+    name of ours cannot be used, and this is the way. `restore()` undoes it. Every worker process that computes a loss
+    or an advantage needs the call.
 
     Args:
         names: verl's names of losses and estimators ("vanilla", "gae", ...); None = all. A name that is both a loss
