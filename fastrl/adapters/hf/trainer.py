@@ -106,7 +106,8 @@ class PolicyTrainer(Trainer):
         if getattr(model.config, "is_encoder_decoder", False):
             _refuse("model", type(model).__name__, "use a decoder-only model")
         # the switch of a model for images and text is in its text config
-        configs = (model.config, model.config.get_text_config(decoder=True))
+        inner = getattr(model.config, "get_text_config", None)
+        configs = (model.config, inner(decoder=True) if inner else None)
         if any(getattr(config, "output_router_logits", False) for config in configs):
             refuse_router_loss("model")
         backbone(model)

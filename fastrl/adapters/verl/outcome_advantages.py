@@ -34,13 +34,13 @@ def grpo(
     none_left(other)
     rewards = token_level_rewards.sum(-1)
     scale = scale_of(norm_adv_by_std_in_grpo, config)
-    if _knows_sessions_by_name(config):
+    if _may_hold_sessions(config):
         say_sessions()
     groups = groups_of(index, rewards)
     return spread(group_advantages(rewards, group_ids=groups, scale=scale, eps=epsilon), response_mask)
 
 
-def _knows_sessions_by_name(config: Any) -> bool:
+def _may_hold_sessions(config: Any) -> bool:
     """Whether verl's default trainer may have handed over every output of a session, the name not being "grpo"."""
     named = config is not None and fields_of(config).get("adv_estimator") == "fastrl_grpo"
     return named and "verl.trainer.ppo.v1.utils" in sys.modules
