@@ -19,7 +19,7 @@ def verl() -> Any:
         modules = {key: importlib.import_module(name) for key, name in names.items()}
         return type("verl", (), modules)
     except ImportError:
-        return _unpacked("verl", "pip install 'verl>=0.9,<0.10'")
+        return _unpacked("verl", "pip install 'verl>=0.9.1,<0.10'")
 
 
 def openrlhf() -> Any:
@@ -27,7 +27,7 @@ def openrlhf() -> Any:
     try:
         return type("openrlhf", (), {"loss": importlib.import_module("openrlhf.models.loss")})
     except ImportError:
-        return _unpacked("openrlhf", "pip install 'openrlhf>=0.11,<0.12'")
+        return _unpacked("openrlhf", "pip install 'openrlhf>=0.11.2,<0.12'")
 
 
 def _unpacked(package: str, command: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
@@ -26,6 +27,14 @@ def build_model(config: Any = None) -> Any:
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     return model.float()
+
+
+def lora(model: Any, **options: Any) -> Any:
+    """With adapters that are not 0, and the same at every call."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config)
 
 
 def logged_rows(count: int = 8, *, ref: bool = True, seed: int = 1) -> list[dict[str, Any]]:

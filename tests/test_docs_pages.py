@@ -29,7 +29,7 @@ def test_transformers(tmp_path, capsys):
 
     model = build_model()
     before = model.lm_head.weight.detach().clone()
-    ran = run("transformers.md", {"fastrl": fastrl, "model": model, "args": arguments(tmp_path)})
+    ran = run("transformers.md", {"model": model, "args": arguments(tmp_path)})
     assert ran["rows"][0]["advantages"] == -ran["rows"][1]["advantages"] > 0
     assert not torch.equal(model.lm_head.weight, before)
     assert "'clip_fraction'" in capsys.readouterr().out and ran["trainer"].state.global_step == 1
@@ -42,8 +42,6 @@ def test_liger():
     B, T, V, H = 3, 4, 19, 8
     ids = torch.randint(0, V, (B, T))
     given = {
-        "fastrl": fastrl,
-        "torch": torch,
         "ids": ids,
         "hidden": torch.randn(B, T, H),
         "weight": torch.randn(V, H),
@@ -114,24 +112,25 @@ def test_liger_does_what_its_page_says():
 def test_troubleshooting(capsys):
     batch = make_batch()
     logits = batch.logits().float()
-    run("troubleshooting.md", {"fastrl": fastrl, "rollouts": batch.rollouts, "logits": logits, "spec": fastrl.DAPO})
+    run("troubleshooting.md", {"rollouts": batch.rollouts, "logits": logits, "spec": fastrl.DAPO})
     assert capsys.readouterr().out.splitlines() == ["old_logps 0", "ref_logps 0", "rewards 0", "logps 0 clamped 0.0"]
     ids, mask = torch.zeros(1, 3).long(), torch.tensor([[1, 1, 0]])
     old = torch.tensor([[0.0, torch.nan, torch.nan]])
     broken = fastrl.Rollouts(ids, mask, torch.ones(1), old_logps=old)
     run(
         "troubleshooting.md",
-        {"fastrl": fastrl, "rollouts": broken, "logits": torch.zeros(1, 3, 5), "spec": fastrl.DAPO},
+        {"rollouts": broken, "logits": torch.zeros(1, 3, 5), "spec": fastrl.DAPO},
     )
     assert capsys.readouterr().out.splitlines()[:2] == ["old_logps 1", "advantages 0"]
 
 
-def test_kernel_hub(tmp_path, capsys):
+def test_kernel_hub(tmp_path, monkeypatch, capsys):
     pytest.importorskip("kernels.load", reason="needs kernels 0.17")
     import build_hub
 
-    build_hub.build(tmp_path)
-    run("kernel_hub.md", {"OUT": tmp_path})
+    monkeypatch.chdir(tmp_path)
+    build_hub.build(Path("OUT"))
+    run("kernel_hub.md", {})
     assert "logprob_fwd" in capsys.readouterr().out
 
 

@@ -18,14 +18,13 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers 5.23")
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-import transformers
 from hf_cases import (
     VOCABULARY,
-    arguments,
     assert_same,
     build_model,
     build_trainer,
     logged_rows,
+    lora,
     trained_gradients,
     whole_batch,
 )
@@ -128,13 +127,6 @@ def test_autocast_and_checkpointing(path, tmp_path):
     assert trainer.model(torch.tensor([[2, 3]])).logits.shape == (1, 2, VOCABULARY)  # its forward is its own again
 
 
-def lora(model, **options):
-    peft = pytest.importorskip("peft", reason="needs peft")
-    config = peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
-    torch.manual_seed(3)
-    return peft.get_peft_model(model, config)
-
-
 @pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["frozen-head", "trained-head"])
 @pytest.mark.parametrize("path", ["logits", "hidden"])
 def test_lora_on_the_body(path, saved, tmp_path):
@@ -231,38 +223,6 @@ def test_a_statistic_of_the_whole_batch_needs_the_whole_batch(named, path, tmp_p
 def test_arguments_refused_by_name(options, named, tmp_path):
     with pytest.raises(ValueError, match=f"^{named}: "):
         build_trainer("hidden", build_model(), logged_rows(), fastrl.DAPO, tmp_path, **options)
-
-
-def moe(**options):
-    config = transformers.MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, bos_token_id=None, eos_token_id=1, **options,
-    )  # fmt: skip
-    return transformers.MixtralForCausalLM(config)
-
-
-def test_models_refused_by_name(tmp_path):
-    rows = logged_rows()
-    for path in ("logits", "hidden"):
-        with pytest.raises(ValueError, match="router loss"):
-            build_trainer(path, moe(output_router_logits=True), rows, fastrl.DAPO, tmp_path).train()
-        build_trainer(path, moe(), rows, fastrl.DAPO, tmp_path).train()
-    with pytest.raises(ValueError, match="of the kind DoraLinearVariant"):
-        dora = lora(build_model(), target_modules=["lm_head"], use_dora=True)
-        build_trainer("hidden", dora, rows, fastrl.DAPO, tmp_path)
-    peft = pytest.importorskip("peft", reason="needs peft")
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="PromptTuningConfig 'default', which adds virtual tokens"):
-        build_trainer("hidden", peft.get_peft_model(build_model(), prompt), rows, fastrl.DAPO, tmp_path)
-    t5 = transformers.T5Config(vocab_size=23, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="^model: "):
-        build_trainer("hidden", transformers.T5ForConditionalGeneration(t5), rows, fastrl.DAPO, tmp_path)
-    with pytest.raises(ValueError, match="^compute_loss_func: "):
-        hf.PolicyTrainer(build_model(), arguments(tmp_path), spec=fastrl.DAPO, compute_loss_func=print)
-    with pytest.raises(TypeError, match="^spec: "):
-        hf.PolicyTrainer(build_model(), arguments(tmp_path), spec="dapo")
-    with pytest.raises(TypeError, match="^spec: "):
-        hf.compute_loss_func("dapo")
 
 
 def test_foreign_labels_are_refused():

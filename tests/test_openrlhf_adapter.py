@@ -69,16 +69,19 @@ def test_it_is_a_module_of_the_training_loop():
 def test_without_openrlhf(monkeypatch):
     for name in ("openrlhf", "openrlhf.models"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match="OpenRLHF is not installed; pip install 'openrlhf>=0.11,<0.12'"):
+    with pytest.raises(ModuleNotFoundError, match="OpenRLHF is not installed; pip install 'openrlhf>=0.11.2,<0.12'"):
         adapter.install()
     adapter.restore()
 
 
-def test_another_version_warns_once(monkeypatch, caplog):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.12.0")
+@pytest.mark.parametrize(("version", "warned"), [("0.11.1", True), ("0.11.2", False), ("0.12.0", True)])
+def test_another_version_warns_once(version, warned, monkeypatch, caplog):
+    """0.11.1's actor builds a `PolicyLoss` of other arguments and unpacks four values."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     warn_outside.cache_clear()
     for make in (adapter.PolicyLoss, adapter.ValueLoss, adapter.PolicyLoss):
         make()
     warn_outside.cache_clear()
-    (record,) = caplog.records
-    assert "openrlhf 0.12.0" in record.getMessage() and "openrlhf >=0.11,<0.12" in record.getMessage()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    assert all(f"openrlhf {version}" in text and "openrlhf >=0.11.2,<0.12" in text for text in said)

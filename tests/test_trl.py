@@ -1,11 +1,20 @@
 """The TRL adapter: the same scored batch through TRL's own loss and ours, on one real trainer, gives the same loss, the
-same gradient in every parameter and the same metrics, over the product of TRL's options."""
+same gradient in every parameter and the same metrics, over the product of TRL's options.
+
+The product has 165,888 points per loss type. A run takes some of them, the same ones every time; `FASTRL_TRL_POINTS=n` takes n
+per loss type in an order that is the same for every n, `FASTRL_TRL_POINTS=all` the whole product (hours), for instance
+
+    FASTRL_TRL_POINTS=4000 python -m pytest tests/test_trl.py -k same_batch -n 2
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
+import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,14 +44,22 @@ AXES = {
     "advantages": ["(B,)", "(B, 1)", "(B, T)"],
     "train": [True, False],
 }
-DRAWS = 160  # per loss type
+POINTS = os.environ.get("FASTRL_TRL_POINTS", "160")  # per loss type
 LEVELS = {0: "logits", 4: "logprobs"}  # of every eighth draw; hidden states for the others
 
 
-def draws(loss_type: str) -> list[dict]:
-    """Points of the product, the same on every run."""
-    chosen, axes = random.Random(loss_type), {**AXES, "loss_type": [loss_type]}
-    return [{name: chosen.choice(values) for name, values in axes.items()} for _ in range(DRAWS)]
+def draws(loss_type: str) -> Iterator[dict]:
+    """Points of the product, none twice, the same on every run."""
+    axes = {**AXES, "loss_type": [loss_type]}
+    size = math.prod(map(len, axes.values()))
+    order = list(range(size))
+    random.Random(loss_type).shuffle(order)
+    for place in order[: size if POINTS == "all" else int(POINTS)]:
+        point = {}
+        for name, values in axes.items():
+            place, index = divmod(place, len(values))
+            point[name] = values[index]
+        yield point
 
 
 def test_every_pair_of_options_is_drawn():

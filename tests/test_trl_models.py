@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers 5"
 pytest.importorskip("datasets", reason="needs datasets")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-from trl_common import IMAGE, SMALL, B, P, T, both, differences, grpo_batch, model, trainer  # noqa: E402
+from trl_common import IMAGE, SMALL, B, P, T, both, differences, grpo_batch, model, rloo_batch, trainer  # noqa: E402
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
@@ -55,6 +55,25 @@ def test_family(family, level):
     if experts:
         router = next(g for name, g in ours.gradients.items() if "gate" in name and "gate_proj" not in name)
         assert router.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_in_evaluation(family):
+    it = build(trl.GRPOTrainer, model(family.split("-")[0], **FAMILIES[family]))
+    inputs = grpo_batch(it)
+    for level in ("hidden", "logits"):
+        assert differences(*both(it, inputs, False, level=level), rtol=5e-5) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rloo_over_families(family):
+    it = trainer(trl.RLOOTrainer, model(family.split("-")[0], **FAMILIES[family]))
+    inputs = rloo_batch(it)
+    for level in ("hidden", "logits", "logprobs"):
+        theirs, ours = both(it, inputs, level=level)
+        assert differences(theirs, ours, rtol=5e-5) == [] and ours.gradients
+        assert ("aux_loss" in ours.metrics) == ("num_experts_per_tok" in FAMILIES[family])
+        assert differences(*both(it, inputs, False, level=level), rtol=5e-5) == []
 
 
 def lora(**options):
@@ -210,5 +229,16 @@ def test_images(family, level):
     theirs, ours = both(it, inputs, level=level)
     assert differences(theirs, ours, rtol=5e-5) == []
     assert any("vision" in name or "visual" in name for name, g in ours.gradients.items() if g.abs().sum() > 0)
+    assert differences(*both(it, inputs, False, level=level), rtol=5e-5) == []
     seen = both(it, inputs | {"pixel_values": inputs["pixel_values"] + 1})[1]
     assert seen.loss != ours.loss
+
+
+@pytest.mark.parametrize("family", [qwen2_vl, llava, gemma3])
+def test_rloo_with_images(family):
+    torch.manual_seed(0)
+    policy, forward = family()
+    it = trainer(trl.RLOOTrainer, policy)
+    inputs = rloo_batch(it, images=forward)
+    for level in ("hidden", "logits"):
+        assert differences(*both(it, inputs, level=level), rtol=5e-5) == []

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 from trl_common import differences, grpo_batch, model, run, scored_batch, trainer  # noqa: E402
 
 from fastrl.adapters import trl as adapter  # noqa: E402
+from fastrl.adapters._versions import warn_outside  # noqa: E402
 from fastrl.adapters.trl import GRPOTrainer, RLOOTrainer, config, plugin, use_fastrl  # noqa: E402
 
 
@@ -129,17 +130,19 @@ def test_gmpo_is_refused():
         use_fastrl(it)
 
 
-def test_a_version_outside_the_range_warns_once(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("installed", "warned"), [("1.15.2", 1), ("1.16.1", 0), ("1.17.0.dev0", 1), ("1.17rc1", 1), ("2", 1)]
+)
+def test_a_version_outside_the_range_warns_once(installed, warned, monkeypatch, caplog):
     it, version = trainer(trl.GRPOTrainer, model()), importlib.metadata.version
-    plugin._say_version.cache_clear()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.17.0.dev0" if name == "trl" else version(name))
+    warn_outside.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed if name == "trl" else version(name))
     with caplog.at_level(logging.WARNING, "fastrl"):
         use_fastrl(it)
         use_fastrl(it)
-    assert [record.message for record in caplog.records] == [
-        "fastrl.adapters.trl was tested with trl >= 1.16, < 1.17; this is trl 1.17.0.dev0"
-    ]
-    plugin._say_version.cache_clear()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned and all(f"trl {installed}" in text and "trl >=1.16,<1.17" in text for text in said)
+    warn_outside.cache_clear()
 
 
 def test_delta_without_effect_is_said(caplog):

@@ -73,9 +73,9 @@ def test_spec_of_bypass_mode_and_of_aggregations():
 @pytest.mark.parametrize(
     ("actor", "policy", "mode", "named"),
     [
-        ({"clip_ratio_d": 3.0}, {}, "vanilla", "clip_ratio_d: expected a field of verl 0.9's ActorConfig"),
-        ({}, {"clip_cov_mid": 2.0}, "vanilla", "clip_cov_mid: expected a field of verl 0.9's PolicyLossConfig"),
-        ({}, {"rollout_correction": {"rollout_veto": 1e-4}}, "vanilla", "rollout_veto: expected a field of verl 0.9's RolloutCorrectionConfig"),
+        ({"clip_ratio_d": 3.0}, {}, "vanilla", "clip_ratio_d: expected a field of verl 0.9.1's ActorConfig"),
+        ({}, {"clip_cov_mid": 2.0}, "vanilla", "clip_cov_mid: expected a field of verl 0.9.1's PolicyLossConfig"),
+        ({}, {"rollout_correction": {"rollout_veto": 1e-4}}, "vanilla", "rollout_veto: expected a field of verl 0.9.1's RolloutCorrectionConfig"),
         ({"global_batch_info": {"world_size": 2}}, {}, "vanilla", "world_size: expected a field of global_batch_info"),
         ({"clip_ratio_c": 1.0}, {}, "vanilla", r"clip_ratio_c \(dual_clip\): "),
         ({"clip_ratio_c": 0.0}, {}, "dppo_tv", r"clip_ratio_c \(dppo_ratio_cap\): "),
@@ -133,7 +133,7 @@ def test_without_verl(monkeypatch):
     for name in ("verl", "verl.trainer.ppo.core_algos"):
         monkeypatch.setitem(sys.modules, name, None)
     for function in (adapter.register, adapter.install):
-        with pytest.raises(ModuleNotFoundError, match="verl is not installed; pip install 'verl>=0.9,<0.10'"):
+        with pytest.raises(ModuleNotFoundError, match="verl is not installed; pip install 'verl>=0.9.1,<0.10'"):
             function()
 
 
@@ -144,13 +144,16 @@ def test_importing_it_registers_nothing():
     assert python(code).split() == ["False", "False"]
 
 
-def test_another_version_warns_once(monkeypatch, caplog):
+@pytest.mark.parametrize(("version", "warned"), [("0.9.0", True), ("0.9.1", False), ("0.9.2", False), ("0.10.2", True)])
+def test_another_version_warns_once(version, warned, monkeypatch, caplog):
+    """0.9.0's ActorConfig has a field that 0.9.1's has not, and its gspo aggregates in one way only."""
     core = type(sys)("verl.trainer.ppo.core_algos")
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: core)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     warn_outside.cache_clear()
     registry._core()
     registry._core()
     warn_outside.cache_clear()
-    (record,) = caplog.records
-    assert "verl 0.10.2" in record.getMessage() and "verl >=0.9,<0.10" in record.getMessage()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warned
+    assert all(f"verl {version}" in text and "verl >=0.9.1,<0.10" in text for text in said)

@@ -58,7 +58,7 @@ def no_reward(completions: list[str], **_: Any) -> list[float]:
 
 def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_reward, rows: int = 8, **options: Any):
     """A trainer around `policy`; what its constructor takes besides the config goes by the names in `given`."""
-    given = {name: options.pop(name) for name in ("level", "peft_config") if name in options}
+    given = {name: options.pop(name) for name in ("level", "peft_config", "rollout_func") if name in options}
     config = trl.RLOOConfig if issubclass(cls, trl.RLOOTrainer) else trl.GRPOConfig
     settings = {
         "output_dir": tempfile.gettempdir(),
@@ -131,6 +131,12 @@ def grpo_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
     """A `scored_batch` as a GRPO trainer without vLLM's correction has it."""
     batch = scored_batch(it, images)
     return {name: value for name, value in batch.items() if name not in ("old_logps", "importance_sampling_ratio")}
+
+
+def rloo_batch(it: Any, images: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A `scored_batch` as an RLOO trainer has it, whose old log-probs are those of whole completions."""
+    batch, other = scored_batch(it, images), ("tool_mask", "importance_sampling_ratio")
+    return {name: value for name, value in batch.items() if name not in other and not name.endswith("token_logps")}
 
 
 class Result(NamedTuple):

@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11: `PolicyLoss`, `ValueLoss`, `PairWiseLoss` and `LogExpLoss` with its signatures, values and outputs.
+"""OpenRLHF 0.11.2: `PolicyLoss`, `ValueLoss`, `PairWiseLoss` and `LogExpLoss` with its signatures, values and outputs.
 
     from fastrl.adapters.openrlhf import PolicyLoss     # instead of: from openrlhf.models import PolicyLoss
     trainer.actor_loss_fn = PolicyLoss(...)             # or on a trainer that is there already
@@ -30,7 +30,8 @@ from fastrl.reward_model import reward_model_loss
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
 
-TESTED = ("0.11", "0.12")
+TESTED = ("0.11.2", "0.12")
+"""Before it the actor builds its loss with another argument, and unpacks four values of it."""
 
 _CHOICES = {
     "policy_loss_type": ("ppo", "gspo"),
@@ -278,7 +279,8 @@ def install() -> None:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("openrlhf"):
             raise
-        message = "fastrl.adapters.openrlhf: OpenRLHF is not installed; pip install 'openrlhf>=0.11,<0.12'"
+        span = "openrlhf>={},<{}".format(*TESTED)
+        message = f"fastrl.adapters.openrlhf: OpenRLHF is not installed; pip install '{span}'"
         raise ModuleNotFoundError(message, name="openrlhf") from error
     users = [sys.modules[name] for name in _USERS if name in sys.modules]
     for module in (models, importlib.import_module("openrlhf.models.loss"), *users):

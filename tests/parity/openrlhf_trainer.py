@@ -61,19 +61,28 @@ def actor_trainer(**options: Any) -> Any:
     model = actor()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    with _no_barrier(trainers.actor):
+    with _no_barrier(trainers.actor), no_gpu():
         return trainers.actor.ActorPPOTrainer(Strategy(args=args), model, None, optimizer, scheduler)
 
 
 @contextlib.contextmanager
 def _no_barrier(module: Any):
-    """Its constructor waits for other processes and asks for the GPU: there are none."""
+    """Its constructor waits for other processes: there are none."""
     barrier, module.torch_dist_barrier_and_cuda_sync = module.torch_dist_barrier_and_cuda_sync, lambda: None
+    try:
+        yield
+    finally:
+        module.torch_dist_barrier_and_cuda_sync = barrier
+
+
+@contextlib.contextmanager
+def no_gpu():
+    """The buffer in its constructor asks for the number of the GPU."""
     device, torch.cuda.current_device = torch.cuda.current_device, lambda: 0
     try:
         yield
     finally:
-        module.torch_dist_barrier_and_cuda_sync, torch.cuda.current_device = barrier, device
+        torch.cuda.current_device = device
 
 
 def experience(seed: int) -> Any:

@@ -25,8 +25,8 @@ FOLDER = Path(sys.prefix) / "peers"
 _STOOD_IN = {"ray", "orjson", "codetiming", "deepspeed"}
 # What their trainers import beside it, where it is not installed.
 _STOOD_IN_IF_ABSENT = {
-    "aiohttp", "cachetools", "fastapi", "flash_attn", "hydra", "msgspec", "peft", "pylatexenc", "torchdata", "uvicorn", "vllm",
-    "wandb", "zmq",
+    "aiohttp", "cachetools", "fastapi", "flash_attn", "hydra", "msgspec", "peft", "pylatexenc", "torchdata",
+    "transfer_queue", "uvicorn", "vllm", "wandb", "zmq",
 }  # fmt: skip
 
 
@@ -131,6 +131,22 @@ def verl_trainer() -> types.ModuleType:
     verl()
     with _loading():
         return importlib.import_module("verl.trainer.ppo.ray_trainer")
+
+
+@functools.cache
+def verl_data() -> types.ModuleType:
+    """What verl adds to a TensorDict."""
+    verl()
+    with _loading():
+        return importlib.import_module("verl.utils.tensordict_utils")
+
+
+@functools.cache
+def verl_v1() -> types.ModuleType:
+    """The functions of verl's default trainer, which computes the advantages of agents' sessions."""
+    verl_trainer()
+    with _loading():
+        return importlib.import_module("verl.trainer.ppo.v1.utils")
 
 
 @functools.cache

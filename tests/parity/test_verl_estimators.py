@@ -201,7 +201,7 @@ def test_refused():
         adapter.ADVANTAGE_ESTIMATORS["fastrl_grpo"](rewards, mask)
     with pytest.raises(ValueError, match="^norm_adv_by_std_in_grpo: "):
         adapter.ADVANTAGE_ESTIMATORS["fastrl_gdpo"](rewards, mask, UIDS, norm_adv_by_std_in_grpo=False)
-    with pytest.raises(ValueError, match="^whiten_by: expected a field of verl 0.9's AlgoConfig"):
+    with pytest.raises(ValueError, match="^whiten_by: expected a field of verl 0.9.1's AlgoConfig"):
         adapter.ADVANTAGE_ESTIMATORS["fastrl_rloo"](rewards, mask, UIDS, config={"whiten_by": "group"})
     with pytest.raises(ValueError, match="^leaf: expected an argument"):
         adapter.ADVANTAGE_ESTIMATORS["fastrl_reinforce_plus_plus"](rewards, mask, leaf=3)

@@ -22,6 +22,7 @@ with peers._loading():
     core = sys.modules.get("verl.trainer.ppo.core_algos")
     print(sorted(name for name in core.POLICY_LOSS_REGISTRY if name.startswith("fastrl_")) if core else None)
     print(sorted(name for name in core.ADV_ESTIMATOR_REGISTRY if name.startswith("fastrl_")) if core else None)
+    print(core.compute_grpo_outcome_advantage.__module__, core.POLICY_LOSS_REGISTRY["gspo"].__module__)
 """
 
 
@@ -45,8 +46,21 @@ def entry_point(tmp_path):
 
 def test_entry_point(entry_point):
     done = imported([entry_point], VERL_USE_EXTERNAL_PLUGINS="fastrl_test")
-    losses, estimators = done.stdout.splitlines()
+    losses, estimators, theirs = done.stdout.splitlines()
+    assert theirs.split() == ["verl.trainer.ppo.core_algos"] * 2
     assert losses == str(sorted(adapter.POLICY_LOSSES)) and estimators == str(sorted(adapter.ADVANTAGE_ESTIMATORS))
+
+
+def test_external_module_stands_in_while_verl_is_imported():
+    """By the variable alone, as the page has it: no entry point, no call."""
+    if not (peers.FOLDER / "verl").exists():
+        pytest.skip("needs verl (`make test` puts it there)")
+    given = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "fastrl.adapters.verl.stand_in"}
+    done = imported([], **given)
+    assert done.stdout.splitlines()[-1].split() == [
+        "fastrl.adapters.verl.outcome_advantages",
+        "fastrl.adapters.verl.losses",
+    ], done.stderr
 
 
 def test_external_module_stands_in():

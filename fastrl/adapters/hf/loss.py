@@ -142,7 +142,7 @@ def spec_at(spec: LossSpec, step: int) -> LossSpec:
 
 
 def refuse_router_loss(where: str) -> None:
-    remedy = "set model.config.output_router_logits = False"
+    remedy = "set output_router_logits = False in model.config, or in its text_config"
     _checks.refuse(where, "a model without a router loss", "one, which the policy loss would drop", remedy)
 
 

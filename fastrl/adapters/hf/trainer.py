@@ -105,7 +105,10 @@ class PolicyTrainer(Trainer):
         model = causal_model(self.model)
         if getattr(model.config, "is_encoder_decoder", False):
             _refuse("model", type(model).__name__, "use a decoder-only model")
-        if getattr(model.config, "output_router_logits", False):
+        # the switch of a model for images and text is in its text config
+        inner = getattr(model.config, "get_text_config", None)
+        configs = (model.config, inner(decoder=True) if inner else None)
+        if any(getattr(config, "output_router_logits", False) for config in configs):
             refuse_router_loss("model")
         backbone(model)
         LMHead.from_model(model)  # refuses a head that it cannot read now, not at the first step

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
+from fastrl.adapters._versions import warn_outside
 from fastrl.adapters.trl import batch, config, entropy, metrics
 from fastrl.adapters.trl.scoring import HIDDEN, LEVELS, LOGITS, LOGPROBS, Finish, Scored, Scorer, base_model, with_logps
 from fastrl.functional import LossOutput, policy_loss, policy_loss_from_hidden, policy_loss_from_logits
@@ -19,8 +19,7 @@ from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
 from fastrl.token_metrics import token_metrics
 
-TESTED = ((1, 16), (1, 17))
-"""TRL's versions, from the first up to but without the second."""
+TESTED = ("trl", "1.16", "1.17")
 _PACKAGE = "fastrl.adapters.trl"
 _SCORING = "_get_per_token_logps_and_entropies"
 _NOT_CALLED = ("get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")
@@ -47,7 +46,7 @@ class Plugin:
         """Raise ValueError for an option that cannot be honoured, named."""
         if self.level not in LEVELS:
             raise ValueError(f"level: expected one of {', '.join(map(repr, LEVELS))}, got {self.level!r}")
-        _say_version()
+        warn_outside(*TESTED)
         config.spec_from_config(self.trainer.args)
         self.spec()
         _check_overrides(self.trainer, self.trl, _NOT_CALLED)
@@ -62,9 +61,6 @@ class Plugin:
         remedy = "use level='logits', where the model applies its own head, or level='logprobs'"
         if self.trainer.is_fsdp_enabled and not getattr(self.trainer.accelerator, "is_fsdp2", False):
             config.refuse("fsdp", "version 1", f"set fsdp_config={{'version': 2}}; or {remedy}")
-        plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            config.refuse("deepspeed", "zero_stage 3", remedy)
         model = base_model(self.trainer.model, self.trainer.accelerator)
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             config.refuse("device_map", model.hf_device_map, remedy)
@@ -274,13 +270,3 @@ def _check_overrides(trainer: Any, trl: Any, names: tuple[str, ...]) -> None:
 @functools.cache
 def _say_override(trainer: str) -> None:
     config.logger.warning("%s scores by its own %s: the loss is taken from its log-probs", trainer, _SCORING)
-
-
-@functools.cache
-def _say_version() -> None:
-    """Warn, once, of a TRL version that was not tested."""
-    version = importlib.metadata.version("trl")
-    first, end = TESTED
-    if not first <= tuple(map(int, version.split(".")[:2])) < end:
-        span = ">= {}.{}, < {}.{}".format(*first, *end)
-        config.logger.warning("fastrl.adapters.trl was tested with trl %s; this is trl %s", span, version)

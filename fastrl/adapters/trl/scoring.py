@@ -126,11 +126,13 @@ def completion_rows(name: str, values: Tensor, keep: int, *lengths: int) -> Tens
 
 
 def _as(hidden: Tensor, head: LMHead) -> LMHead:
-    """The head in the dtype of the states; PEFT keeps a trained copy in float32. Under autocast both are cast later."""
+    """The head in the dtype of the states, whole if it is sharded; PEFT keeps a trained copy in float32. Under autocast
+    both are cast later."""
     if head.weight.dtype == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return head
-    bias = None if head.bias is None else head.bias.to(hidden.dtype)
-    return dataclasses.replace(head, weight=head.weight.to(hidden.dtype), bias=bias)
+    weight, bias = head.whole()
+    bias = None if bias is None else bias.to(hidden.dtype)
+    return dataclasses.replace(head, weight=weight.to(hidden.dtype), bias=bias)
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -1,10 +1,11 @@
-"""verl 0.9: policy losses and advantage estimators under `fastrl_*`, with verl's signatures, values and metrics.
+"""verl 0.9.1: policy losses and advantage estimators under `fastrl_*`, with verl's signatures, values and metrics.
 
     actor_rollout_ref.actor.policy_loss.loss_mode=fastrl_vanilla    # instead of: vanilla
-    algorithm.adv_estimator=fastrl_grpo                             # instead of: grpo
+    algorithm.adv_estimator=fastrl_rloo                             # instead of: rloo
 
-The plug-in entry point registers the names when verl is imported; `register()` does it by hand. Nothing is registered
-or changed by importing this package.
+The plug-in entry point registers the names when verl is imported; `register()` does it by hand. Estimators that verl's
+trainers know by name (grpo, gae, ...) run fastrl through `install()`. Importing this package registers and changes
+nothing.
 """
 
 from fastrl.adapters.verl.advantages import ADVANTAGE_ESTIMATORS

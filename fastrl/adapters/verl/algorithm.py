@@ -13,7 +13,7 @@ from fastrl.adapters._config import Options
 
 OWN = "set algorithm.adv_estimator to verl's own name, without 'fastrl_'"
 ALGORITHM = Options(
-    framework="verl 0.9's AlgoConfig",
+    framework="verl 0.9.1's AlgoConfig",
     honoured={
         "gamma": 1.0,
         "lam": 1.0,
@@ -66,4 +66,4 @@ def none_left(other: dict[str, Any]) -> None:
     """Refuse an argument that verl's estimators do not have."""
     unknown = sorted(set(other) - _UNREAD)
     if unknown:
-        _checks.refuse(unknown[0], "an argument of verl 0.9's estimator", repr(other[unknown[0]]), OWN)
+        _checks.refuse(unknown[0], "an argument of verl 0.9.1's estimator", repr(other[unknown[0]]), OWN)

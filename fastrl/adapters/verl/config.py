@@ -14,7 +14,7 @@ PREFIX = "fastrl_"
 _OWN_LOSS = "set policy_loss.loss_mode to verl's own mode, without 'fastrl_'"
 
 ACTOR = Options(
-    framework="verl 0.9's ActorConfig",
+    framework="verl 0.9.1's ActorConfig",
     honoured={
         "clip_ratio": 0.2,
         "clip_ratio_low": 0.2,
@@ -47,7 +47,7 @@ ACTOR = Options(
 )  # fmt: skip
 
 POLICY = Options(
-    framework="verl 0.9's PolicyLossConfig",
+    framework="verl 0.9.1's PolicyLossConfig",
     honoured={
         "loss_mode": "vanilla",
         "clip_cov_ratio": 0.0002,
@@ -63,7 +63,7 @@ POLICY = Options(
 )
 
 ROLLOUT_CORRECTION = Options(
-    framework="verl 0.9's RolloutCorrectionConfig",
+    framework="verl 0.9.1's RolloutCorrectionConfig",
     honoured={
         "rollout_is": None,
         "rollout_is_threshold": 2.0,

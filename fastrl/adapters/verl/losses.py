@@ -45,7 +45,7 @@ def policy_loss_of(mode: str) -> PolicyLossFn:
         return _loss(mode, batch, values)
 
     loss.__name__ = loss.__qualname__ = f"{configs.PREFIX}{mode}"
-    loss.__doc__ = f"""verl 0.9's policy loss "{mode}": the same value, gradient and metrics.
+    loss.__doc__ = f"""verl 0.9.1's policy loss "{mode}": the same value, gradient and metrics.
 
     Args:
         old_log_prob, log_prob, advantages: (B, T).
@@ -122,7 +122,7 @@ def _global_info(given: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(info) - set(_COUNTS))
     if unknown:
         expected = f"a field of global_batch_info ({', '.join(_COUNTS)})"
-        _checks.refuse(unknown[0], expected, repr(info[unknown[0]]), "written for verl 0.9")
+        _checks.refuse(unknown[0], expected, repr(info[unknown[0]]), "written for verl 0.9.1")
     return {name: info.get(name) for name in _COUNTS}
 
 

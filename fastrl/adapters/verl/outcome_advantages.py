@@ -5,6 +5,9 @@ All return (advantages, returns), (B, T), which are the same here, 0 under the m
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks
+from fastrl.adapters._config import fields_of
 from fastrl.adapters.verl.algorithm import ALGORITHM, Pair, given_or_refuse, groups_of, none_left, scale_of, spread
 from fastrl.advantages import group_advantages, pass_at_k_advantages
 from fastrl.batch_advantages import gdpo_advantages, gpg_advantages
@@ -30,8 +34,26 @@ def grpo(
     none_left(other)
     rewards = token_level_rewards.sum(-1)
     scale = scale_of(norm_adv_by_std_in_grpo, config)
+    if _may_hold_sessions(config):
+        say_sessions()
     groups = groups_of(index, rewards)
     return spread(group_advantages(rewards, group_ids=groups, scale=scale, eps=epsilon), response_mask)
+
+
+def _may_hold_sessions(config: Any) -> bool:
+    """Whether verl's default trainer may have handed over every output of a session, the name not being "grpo"."""
+    named = config is not None and fields_of(config).get("adv_estimator") == "fastrl_grpo"
+    return named and "verl.trainer.ppo.v1.utils" in sys.modules
+
+
+@functools.cache
+def say_sessions() -> None:
+    """Warn once: the outputs of a session look like those of any other, so there is nothing to refuse."""
+    logging.getLogger("fastrl").warning(
+        "algorithm.adv_estimator: verl's default trainer scores the last output of each agent's session under the name "
+        "'grpo' only; under 'fastrl_grpo' every output is scored, which is the same for one output per session. With "
+        "several, set algorithm.adv_estimator=grpo and have fastrl stand in: fastrl.adapters.verl.install(['grpo'])"
+    )
 
 
 def rloo(

@@ -11,7 +11,8 @@ from fastrl.adapters.verl.advantages import ADVANTAGE_ESTIMATORS
 from fastrl.adapters.verl.config import PREFIX
 from fastrl.adapters.verl.losses import POLICY_LOSSES
 
-TESTED = ("0.9", "0.10")
+TESTED = ("0.9.1", "0.10")
+"""0.9.0 has other fields in its ActorConfig, and its gspo one aggregation only."""
 
 
 def _core() -> Any:
@@ -21,9 +22,9 @@ def _core() -> Any:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("verl"):
             raise
-        raise ModuleNotFoundError(
-            "fastrl.adapters.verl: verl is not installed; pip install 'verl>=0.9,<0.10'", name="verl"
-        ) from error
+        span = "verl>={},<{}".format(*TESTED)
+        message = f"fastrl.adapters.verl: verl is not installed; pip install '{span}'"
+        raise ModuleNotFoundError(message, name="verl") from error
 
 
 def register() -> list[str]:
@@ -53,8 +54,9 @@ def install(names: Iterable[str] | None = None) -> None:
     """Stand in for verl's own losses and estimators, so that its own names run fastrl in this process.
 
     verl's trainers hand some data to an estimator of its own name only (gae, gdpo, remax, the optimal token baselines),
-    and their bypass mode sets loss_mode itself: there a name of ours cannot be used, and this is the way. `restore()`
-    undoes it. Every worker process that computes a loss needs the call.
+    score the last output of a session under the name grpo only, and set loss_mode themselves in bypass mode: there a
+    name of ours cannot be used, and this is the way. `restore()` undoes it. Every worker process that computes a loss
+    or an advantage needs the call.
 
     Args:
         names: verl's names of losses and estimators ("vanilla", "gae", ...); None = all. A name that is both a loss
