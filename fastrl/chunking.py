@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-_BUFFER_BYTES = {"cpu": 128 * 2**20}
-_ACCELERATOR_BUFFER_BYTES = 1280 * 2**20
+BUFFER_BYTES = 1280 * 2**20
+"""Of logits held at once on an accelerator."""
+_CPU_BUFFER_BYTES = 128 * 2**20
 _CPU_FEWEST_ROWS, _CPU_MOST_ROWS = 64, 512
 _FEW = 16  # a CPU's library may sum a product of under 13 rows in one run over V, ten times less exactly
 _LINE = 16  # elements: 16-byte alignment in every dtype
@@ -34,7 +35,7 @@ def rows_per_chunk(weight: Tensor, buffer_bytes: int, rows: int, whole: int = 0,
     128 MiB hold them.
     """
     kind = weight.device.type
-    size = buffer_bytes or _BUFFER_BYTES.get(kind, _ACCELERATOR_BUFFER_BYTES)
+    size = buffer_bytes or (_CPU_BUFFER_BYTES if kind == "cpu" else BUFFER_BYTES)
     fit = max(1, size // (row_bytes or row_stride(weight.shape[0]) * weight.element_size()))
     if buffer_bytes or kind != "cpu":
         return fit

@@ -86,8 +86,9 @@ def logprobs_from_hidden(
     Args:
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
-        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, on a CPU an eighth of the
-            rows (64 to 512 of them) and at most 128 MiB.
+        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, or all of them with a large
+            trainable bfloat16 head whose gradient's fp32 sum would take more; on a CPU an eighth of the rows (64 to 512
+            of them) and at most 128 MiB.
         out_dtype: torch.float32 = logits in fp32 from bf16 or fp16 operands, not rounded between the product and the
             softmax; their gradient is rounded once, for the products of backward. Takes a row three times the memory,
             within buffer_bytes. None = the dtype of the operands.
@@ -99,7 +100,7 @@ def logprobs_from_hidden(
     inputs.check_ids_and_mask(token_ids, mask)
     hidden, weight, bias = inputs.check_hidden(hidden, head, token_ids)
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
-    options = inputs.hidden_options(hidden, buffer_bytes, out_dtype)
+    options = inputs.hidden_options(hidden, buffer_bytes, out_dtype, trainable=head.weight.requires_grad)
     params = autograd.ScoreParams(scoring, backends.of(hidden, backend), options)
     logps, entropy = autograd.score_hidden(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
@@ -242,7 +243,9 @@ def policy_loss_from_hidden(
         backend=backends.of(hidden, backend),
         grad=torch.is_grad_enabled() and any(wants),
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, weight.shape[0], temperature, hidden, head),
-        options=inputs.hidden_options(hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap),
+        options=inputs.hidden_options(
+            hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap, trainable=head.weight.requires_grad
+        ),
         row_counts=rollouts.row_counts,
     )
     loss, statistics, scores = autograd.hidden_loss(hidden, weight, bias, params)

@@ -210,8 +210,11 @@ def hidden_options(
     sparse_eps: float | None = None,
     sparse_capacity: int | None = None,
     overlap: bool = False,
+    *,
+    trainable: bool,
 ) -> HiddenOptions:
-    """The checked options of a call at the hidden level; `hidden` in the dtype of the products."""
+    """The checked options of a call at the hidden level; `hidden` in the dtype of the products. `trainable`: the head
+    is, be it trained in this call or only scored with."""
     if not isinstance(overlap, bool):
         _checks.refuse("overlap", "True or False", repr(overlap), error=TypeError)
     size = buffer(buffer_bytes)
@@ -220,7 +223,7 @@ def hidden_options(
         remedy = "set sparse_eps as well, or leave it None"
         _checks.refuse("sparse_capacity", "None without sparse_eps", repr(sparse_capacity), remedy)
     eps = None if sparse_eps is None else float(sparse_eps)
-    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap)
+    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap, trainable)
 
 
 def _wide_logits(out_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:

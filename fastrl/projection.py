@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl import backend as backends
-from fastrl.chunking import row_stride, rows_per_chunk
+from fastrl.chunking import BUFFER_BYTES, row_stride, rows_per_chunk
 from fastrl.dtypes import wide
 from fastrl.rows import SparseRows
 
@@ -28,16 +28,19 @@ class HiddenOptions(NamedTuple):
     sparse_eps: float | None = None
     capacity: int = 0  # places per row of a sparse gradient
     overlap: bool = False
+    trainable: bool = False  # the head, in this call or in others
 
     def numbers(self) -> list[float]:
         """The same as a list of floats, for an operator."""
         eps = -1.0 if self.sparse_eps is None else self.sparse_eps
-        return [float(self.buffer_bytes), float(self.wide_logits), eps, float(self.capacity), float(self.overlap)]
+        flags = (self.wide_logits, self.overlap, self.trainable)
+        return [float(self.buffer_bytes), eps, float(self.capacity), *map(float, flags)]
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> HiddenOptions:
-        size, wide_logits, eps, capacity, overlap = numbers
-        return cls(int(size), bool(wide_logits), None if eps < 0 else eps, int(capacity), bool(overlap))
+        size, eps, capacity, wide_logits, overlap, trainable = numbers
+        sparse_eps = None if eps < 0 else eps
+        return cls(int(size), bool(wide_logits), sparse_eps, int(capacity), bool(overlap), bool(trainable))
 
     def rows_per_buffer(self, weight: Tensor, rows: int, whole: int = 0) -> int:
         """How many of `rows` rows of logits fit a buffer, at least one. The same with and without a gradient, so that
@@ -45,6 +48,9 @@ class HiddenOptions(NamedTuple):
         item = weight.element_size()
         # fp32 logits stand beside their gradient in the dtype of the operands
         row = row_stride(weight.shape[0]) * (item + 4 if self.wide_logits else item) + _PLACE_BYTES * self.capacity
+        exact = not (self.buffer_bytes or self.overlap or self.capacity)
+        if exact and self.trainable and _rounds_once(weight) and row * rows <= BUFFER_BYTES + 4 * weight.numel():
+            return rows  # in one product, without the fp32 sum that would take these bytes
         return rows_per_chunk(weight, self.buffer_bytes, rows, whole, row * (2 if self.overlap else 1))
 
 
@@ -96,10 +102,8 @@ class Projection:
     def _sums(self) -> torch.dtype:
         """What the head's gradient is summed in: fp32 for a half-precision head, unless one bfloat16 product makes it
         up, which a library rounds once as well. (float16 keeps fp32 for the loss scale to come.)"""
-        once = self._whole and self._sparse is None and self.weight.numel() >= _LARGE_HEAD
-        if once and self.weight.dtype == torch.bfloat16 and _library_widens(self.weight):
-            return self.weight.dtype
-        return wide(self.weight.dtype)
+        once = self._whole and self._sparse is None and _rounds_once(self.weight)
+        return self.weight.dtype if once else wide(self.weight.dtype)
 
     def _allocate(self, options: HiddenOptions, grad: bool) -> _Buffer:
         shape, device = (self.limit, row_stride(self.weight.shape[0])), self.weight.device
@@ -192,6 +196,11 @@ class Projection:
         keep = self.weight.dtype == torch.float16
         parameters = [g if g is None or keep else g.to(self.weight.dtype) for g in (self.dweight, self.dbias)]
         return [self.dhidden, *parameters]
+
+
+def _rounds_once(weight: Tensor) -> bool:
+    """Whether the head's gradient from one product is the fp32 sum rounded once."""
+    return weight.dtype == torch.bfloat16 and weight.numel() >= _LARGE_HEAD and _library_widens(weight)
 
 
 def _add_outer(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:

@@ -18,12 +18,17 @@ LARGE = {"rows": 4096, "vocab": 151936, "hidden": 4096, "dtype": "bf16", "device
 @pytest.mark.parametrize(
     ("target", "rows_of_logits", "peak", "met"),
     # 4096 rows, in one buffer: dhidden 32 MiB, the head's gradient 1187 MiB, buffer 1187 MiB (all logits), slack 64 MiB;
-    # 8192 rows: dhidden 64 MiB, the head's gradient in fp32 and bf16 3561 MiB, buffer 1280 MiB, slack 64 MiB
+    # 8192 rows, all at once as well: 64, 1187, 2374, 64; 16384 rows in several: dhidden 128 MiB, the head's gradient in
+    # fp32 and bf16 3561 MiB, buffer 1280 MiB, slack 64 MiB
     [
         ("hidden", 4096, 2469.0, True),
         ("hidden", 4096, 2471.0, False),
-        ("hidden", 8192, 4968.0, True),
-        ("hidden", 8192, 4970.0, False),
+        ("hidden", 8192, 3688.0, True),
+        ("hidden", 8192, 3690.0, False),
+        ("hidden", 16384, 5032.0, True),
+        ("hidden", 16384, 5034.0, False),
+        ("hidden-frozen", 8192, 1407.0, True),
+        ("hidden-frozen", 8192, 1409.0, False),
         ("hidden-frozen", 4096, 1282.0, True),
         ("hidden-frozen", 4096, 1284.0, False),
     ],
