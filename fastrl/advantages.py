@@ -157,7 +157,8 @@ def _group_advantages(
         options = {"eps": eps, "baseline": baseline, "scale": scale, "lengths": lengths}
         return kernels.group_advantages(rewards, group_ids, group_size, **options)
     given = Groups(rewards, group_size, group_ids, lengths, eps)
-    return given.cast(normalise(rewards.double(), given.numbered, baseline, scale, eps, lengths))
+    advantages = given.cast(normalise(rewards.double(), given.numbered, baseline, scale, eps, lengths))
+    return advantages.clone() if advantages is rewards else advantages  # neither baseline nor scale, in float64
 
 
 @fake("group_advantages")

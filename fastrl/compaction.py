@@ -46,6 +46,8 @@ class LiveRows(NamedTuple):
         if not by_sequence:
             found = torch.stack([valid.sum(), live.sum()])
             counts = row_counts or found.tolist()
+            if counts[0] == counts[1] == flat.num_tokens:  # also if the caller is wrong: rows stay with their tokens
+                order = torch.arange(flat.num_tokens, device=valid.device)
             return cls(order[: counts[0]], counts[0], counts[1], flat.num_tokens, [], found)
         lengths, alive = torch.stack([flat.lengths, live_sequences.float()]).tolist()
         ends = [0]

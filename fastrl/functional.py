@@ -86,9 +86,9 @@ def logprobs_from_hidden(
     Args:
         hidden: (B, T, H) or (N, H), dtype of the head (under autocast both are cast to its dtype).
         head: the projection and its logit transform.
-        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, or all of them with a large
-            trainable bfloat16 head whose gradient's fp32 sum would take more; on a CPU an eighth of the rows (64 to 512
-            of them) and at most 128 MiB.
+        buffer_bytes: bound on the logits held at once; default 1.25 GiB on an accelerator, or 2.5 GiB where that holds
+            all of them and the head is a large bfloat16 one, whose gradient then needs no sum in fp32; on a CPU an
+            eighth of the rows (64 to 512 of them) and at most 128 MiB.
         out_dtype: torch.float32 = logits in fp32 from bf16 or fp16 operands, not rounded between the product and the
             softmax; their gradient is rounded once, for the products of backward. Takes a row three times the memory,
             within buffer_bytes. None = the dtype of the operands.
@@ -100,7 +100,7 @@ def logprobs_from_hidden(
     inputs.check_ids_and_mask(token_ids, mask)
     hidden, weight, bias = inputs.check_hidden(hidden, head, token_ids)
     scoring = inputs.scoring(token_ids, inputs.flat_mask(mask), weight.shape[0], temperature, hidden, head)
-    options = inputs.hidden_options(hidden, buffer_bytes, out_dtype, trainable=head.weight.requires_grad)
+    options = inputs.hidden_options(hidden, buffer_bytes, out_dtype)
     params = autograd.ScoreParams(scoring, backends.of(hidden, backend), options)
     logps, entropy = autograd.score_hidden(hidden, weight, bias, params)
     return TokenLogprobs(logps.view(token_ids.shape), entropy.view(token_ids.shape))
@@ -207,11 +207,12 @@ def policy_loss_from_hidden(
     overlap: bool = False,
     backend: str = "auto",
 ) -> LossOutput:
-    """The policy loss from hidden states and the head: the [N, V] logits never exist, nor does their gradient.
+    """The policy loss from hidden states and the head: of the logits only one bounded buffer exists, in which their
+    gradient takes their place.
 
     Chunks of rows go through three GEMMs, the gradients of hidden states and head computed in the same pass: 6NHV FLOP
-    with a trainable head, 4NHV with a frozen one; peak memory is the gradients plus one buffer (the head's gradient is
-    added up in fp32, and beside a bf16 one that copy exists until the end). Masked rows are dropped
+    with a trainable head, 4NHV with a frozen one; peak memory is the gradients plus one buffer (over several chunks the
+    head's gradient is added up in fp32, and beside a bf16 one that copy exists until the end). Masked rows are dropped
     first; rows that can have no gradient (zero advantage, no KL, no entropy bonus) are scored only. That costs one host
     synchronisation, or none with `rollouts.row_counts`. A sequence-level ratio chunks on sequence boundaries, and
     computes the logits twice (8NHV) if one sequence does not fit the buffer.
@@ -229,8 +230,8 @@ def policy_loss_from_hidden(
         sparse_capacity: how many columns a row may keep, a power of two; default 256. A row over it takes the exact
             way, its logits computed once more. To learn which rows these are costs one host synchronisation.
         overlap: compute the logits of the next rows before the gradient of the last ones is taken, so that on a GPU
-            the kernels between run beside the products. Changes the order of work alone, with two buffers of half the
-            rows.
+            the kernels between run beside the products. Two buffers of half the rows; otherwise it changes the order of
+            work alone.
     """
     hidden, weight, bias = inputs.check_hidden(hidden, head, rollouts.token_ids)
     inputs.check_spec(spec, rollouts, has_entropy=True)
@@ -243,9 +244,7 @@ def policy_loss_from_hidden(
         backend=backends.of(hidden, backend),
         grad=torch.is_grad_enabled() and any(wants),
         scoring=inputs.scoring(rollouts.token_ids, flat.mask, weight.shape[0], temperature, hidden, head),
-        options=inputs.hidden_options(
-            hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap, trainable=head.weight.requires_grad
-        ),
+        options=inputs.hidden_options(hidden, buffer_bytes, out_dtype, sparse_eps, sparse_capacity, overlap),
         row_counts=rollouts.row_counts,
     )
     loss, statistics, scores = autograd.hidden_loss(hidden, weight, bias, params)

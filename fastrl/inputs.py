@@ -85,7 +85,7 @@ def check_ids_and_mask(token_ids: Tensor, mask: Tensor | None) -> None:
 
 
 def flat_mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).to(torch.bool).contiguous()
+    return None if mask is None else (mask.reshape(-1) != 0).contiguous()
 
 
 def check_logits(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -210,11 +210,8 @@ def hidden_options(
     sparse_eps: float | None = None,
     sparse_capacity: int | None = None,
     overlap: bool = False,
-    *,
-    trainable: bool,
 ) -> HiddenOptions:
-    """The checked options of a call at the hidden level; `hidden` in the dtype of the products. `trainable`: the head
-    is, be it trained in this call or only scored with."""
+    """The checked options of a call at the hidden level; `hidden` in the dtype of the products."""
     if not isinstance(overlap, bool):
         _checks.refuse("overlap", "True or False", repr(overlap), error=TypeError)
     size = buffer(buffer_bytes)
@@ -223,7 +220,7 @@ def hidden_options(
         remedy = "set sparse_eps as well, or leave it None"
         _checks.refuse("sparse_capacity", "None without sparse_eps", repr(sparse_capacity), remedy)
     eps = None if sparse_eps is None else float(sparse_eps)
-    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap, trainable)
+    return HiddenOptions(size, _wide_logits(out_dtype, hidden.dtype), eps, capacity, overlap)
 
 
 def _wide_logits(out_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:

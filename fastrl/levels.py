@@ -136,7 +136,7 @@ def hidden_loss(
 ) -> HiddenLoss:
     """The loss from hidden states, with its gradients in the same pass: 6NHV FLOP with a trainable head, 4NHV with a
     frozen one, 2NHV per row without a gradient or with a sparse one; gradients plus the buffers of
-    `options.buffer_bytes` in memory."""
+    `HiddenOptions.rows_per_buffer` in memory."""
     kind = plan(spec, backend.fuses_objectives).kind
     dtype = wide(hidden.dtype)
     inputs = reference.token_inputs(flat, normalizer, spec, dtype)

@@ -28,29 +28,28 @@ class HiddenOptions(NamedTuple):
     sparse_eps: float | None = None
     capacity: int = 0  # places per row of a sparse gradient
     overlap: bool = False
-    trainable: bool = False  # the head, in this call or in others
 
     def numbers(self) -> list[float]:
         """The same as a list of floats, for an operator."""
         eps = -1.0 if self.sparse_eps is None else self.sparse_eps
-        flags = (self.wide_logits, self.overlap, self.trainable)
-        return [float(self.buffer_bytes), eps, float(self.capacity), *map(float, flags)]
+        return [float(self.buffer_bytes), float(self.wide_logits), eps, float(self.capacity), float(self.overlap)]
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> HiddenOptions:
-        size, eps, capacity, wide_logits, overlap, trainable = numbers
-        sparse_eps = None if eps < 0 else eps
-        return cls(int(size), bool(wide_logits), sparse_eps, int(capacity), bool(overlap), bool(trainable))
+        size, wide_logits, eps, capacity, overlap = numbers
+        return cls(int(size), bool(wide_logits), None if eps < 0 else eps, int(capacity), bool(overlap))
 
     def rows_per_buffer(self, weight: Tensor, rows: int, whole: int = 0) -> int:
-        """How many of `rows` rows of logits fit a buffer, at least one. The same with and without a gradient, so that
-        scoring takes the same rows at once as training does. `whole` of them belong together."""
+        """How many of `rows` rows of logits fit a buffer, at least one. The same with and without a gradient, trainable
+        or frozen, so that scoring takes the same rows at once as training does. `whole` of them belong together.
+
+        All rows of a large bfloat16 head in one product need no fp32 sum of its gradient, which would take as much
+        memory as a buffer twice the size takes more."""
         item = weight.element_size()
         # fp32 logits stand beside their gradient in the dtype of the operands
         row = row_stride(weight.shape[0]) * (item + 4 if self.wide_logits else item) + _PLACE_BYTES * self.capacity
-        exact = not (self.buffer_bytes or self.overlap or self.capacity)
-        if exact and self.trainable and _rounds_once(weight) and row * rows <= BUFFER_BYTES + 4 * weight.numel():
-            return rows  # in one product, without the fp32 sum that would take these bytes
+        if not (self.buffer_bytes or self.overlap) and _rounds_once(weight) and row * rows <= 2 * BUFFER_BYTES:
+            return rows
         return rows_per_chunk(weight, self.buffer_bytes, rows, whole, row * (2 if self.overlap else 1))
 
 

@@ -271,7 +271,7 @@ class Rollouts:
 
     def _flatten(self) -> Flat:
         ids = self.token_ids.reshape(-1).long()
-        mask = None if self.mask is None else self.mask.reshape(-1).to(torch.bool)
+        mask = None if self.mask is None else (self.mask.reshape(-1) != 0)
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         cu, sequence_ids = None, None
         if self.cu_seqlens is None:

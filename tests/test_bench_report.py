@@ -177,6 +177,11 @@ def test_what_was_not_decided_is_listed_per_device() -> None:
             [None, None, True, True, False],
         ),
         ("score", [row("fastrl", 1.0, rate={"share": 0.91}), row("trl", 1.1)], [True, True]),
+        (
+            "score",
+            [row("fastrl", 1.0, rate={"share": 0.91}, notes=["no first call, OutOfMemoryError"]), row("trl", 1.1)],
+            [True, True, None],
+        ),
         ("score", [row("fastrl", 1.0, rate={"share": 0.89}), row("trl", 0.9)], [False, False]),
         ("score", [row("fastrl", 1.0, rate={"share": None}), row("trl", 1.1)], [None, True]),
         ("logits", [row("fastrl", 1.19), row("floor", 1.0), row("liger", 1.7)], [True, True]),

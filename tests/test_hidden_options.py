@@ -201,32 +201,46 @@ def test_one_bfloat16_product_is_not_held_in_fp32(rows, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("H", "rows", "more", "at_once"),
+    ("rows", "more", "at_once"),
     [
-        (4096, 8192, {}, 8192),  # 2.3 GiB of logits instead of 1.25 and the sum's 2.3
-        (4096, 16384, {}, 4416),
-        (1536, 8192, {}, 4416),  # the sum would take less than the logits
-        (4096, 8192, {"trainable": False}, 4416),
-        (4096, 8192, {"overlap": True}, 2208),
-        (4096, 8192, {"buffer_bytes": 2**30}, 3533),
+        (8192, {}, 8192),  # 2.3 GiB of logits, instead of 1.25 and a sum
+        (16384, {}, 4416),
+        (8192, {"overlap": True}, 2208),
+        (8192, {"buffer_bytes": 2**30}, 3533),
     ],
 )
-def test_rows_at_once_instead_of_an_fp32_sum(H, rows, more, at_once, monkeypatch):
-    """A trainable bfloat16 head takes all rows in one product where that is less memory; the same rows when it is only
-    scored with."""
-    weight = torch.empty(151936, H, dtype=torch.bfloat16, device="meta")
-    options = projection.HiddenOptions(**{"buffer_bytes": 0, "trainable": True, **more})
+def test_rows_at_once_instead_of_an_fp32_sum(rows, more, at_once, monkeypatch):
+    """A large bfloat16 head takes all rows in one product where twice the buffer holds them; so it does when scored."""
+    weight = torch.empty(151936, 1024, dtype=torch.bfloat16, device="meta")
+    options = projection.HiddenOptions(**{"buffer_bytes": 0, **more})
     monkeypatch.setattr(projection, "_library_widens", lambda _: True)
     assert options.rows_per_buffer(weight, rows) == at_once
+    assert options.rows_per_buffer(weight.half(), rows) == min(at_once, 4416)
     monkeypatch.setattr(projection, "_library_widens", lambda _: False)
     assert options.rows_per_buffer(weight, rows) == min(at_once, 4416)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [300, 12000])
+def test_one_bfloat16_product_rounds_once_on_a_gpu(rows):
+    """No library splits the sum over the rows of a large head and adds the parts in bfloat16."""
+    V, H = 16400, 1024
+    hidden = torch.randn(1, rows, H, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(V, H, device="cuda", dtype=torch.bfloat16).mul_(0.05).requires_grad_()
+    advantages = torch.randn(1, rows, device="cuda")
+    rollouts = fastrl.Rollouts(torch.randint(0, V, (1, rows), device="cuda"), advantages=advantages)
+    gradients = []
+    for options in ({}, {"buffer_bytes": 2**30}):  # one product, and the fp32 sum
+        out = fastrl.policy_loss_from_hidden(hidden, fastrl.LMHead(weight), rollouts, **options)
+        gradients.append(torch.autograd.grad(out.loss, weight)[0])
+    close(*gradients, ulps=1, dtype=torch.bfloat16)
 
 
 def test_options_travel_as_numbers():
     """An operator takes them as a list of floats and gets the same back."""
     for options in (
         projection.HiddenOptions(2**40 + 1),
-        projection.HiddenOptions(7, True, 0.0, 256, True, True),
+        projection.HiddenOptions(7, True, 0.0, 256, True),
         projection.HiddenOptions(1, False, 1e-7, 4, False),
     ):
         assert projection.HiddenOptions.of(options.numbers()) == options

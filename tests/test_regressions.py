@@ -143,7 +143,7 @@ def test_a_custom_sequence_objective_under_the_mask(backend):
 def test_half_precision_with_larger_entropy_weights(backend):
     """float16 gradients are stored times a power of two: the weights of the entropy bonus count for it."""
     name, device = backend
-    N, V = 2048, 16
+    N, V = 128, 16
     hidden = torch.randn(1, N, 8, device=device).half().requires_grad_()
     weight = torch.randn(V, 8, device=device).half().requires_grad_()
     batch = Rollouts(torch.randint(0, V, (1, N)), advantages=torch.tensor([1e-3])).to(device)
@@ -154,6 +154,33 @@ def test_half_precision_with_larger_entropy_weights(backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13 instantiates autograd functions itself
+def test_a_mask_is_taken_as_it_was():
+    """A bool mask was kept as the caller's tensor: changed afterwards it disagreed with the counts, and made in
+    inference mode it could not be saved for backward."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    logps = -torch.rand(2, 3)
+    rollouts = Rollouts(torch.zeros(2, 3).long(), mask, advantages=torch.tensor([1.0, 2.0]))
+    before = fastrl.policy_loss(logps, rollouts, fastrl.GRPO).loss
+    mask[1] = False
+    assert torch.equal(fastrl.policy_loss(logps, rollouts, fastrl.GRPO).loss, before)
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    with torch.inference_mode():
+        mask = torch.ones(2, 3, dtype=torch.bool)
+    scores = fastrl.logprobs_from_logits(logits, torch.zeros(2, 3).long(), mask=mask)
+    scores.logps.sum().backward()
+
+
+def test_wrong_row_counts_still_score_every_token_at_its_own_row():
+    """Counts that say that every row counts made the order of the rows stand for their places."""
+    hidden, head = torch.randn(1, 6, 4), fastrl.LMHead(torch.randn(16, 4))
+    ids, mask = torch.randint(0, 16, (1, 6)), torch.tensor([[0, 1, 0, 1, 1, 0]], dtype=torch.bool)
+    given = {"advantages": torch.ones(1), "old_logps": torch.zeros(1, 6)}
+    wrong = fastrl.policy_loss_from_hidden(hidden, head, Rollouts(ids, mask, **given, row_counts=(6, 6)), fastrl.GRPO)
+    right = fastrl.policy_loss_from_hidden(hidden, head, Rollouts(ids, mask, **given), fastrl.GRPO)
+    assert wrong.loss.isnan()
+    assert torch.allclose(wrong.logps[mask], right.logps[mask], rtol=0, atol=1e-6)
+
+
 def test_row_counts_under_compile_with_a_sequence_ratio():
     torch._dynamo.reset()
     batch = Rollouts(torch.zeros(2, 4, dtype=torch.long), advantages=torch.tensor([1.0, -1.0]), row_counts=(8, 8))

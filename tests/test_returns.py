@@ -158,7 +158,7 @@ def test_accuracy_over_8192_steps(backend, gamma, lam):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_very_long_row(backend):
     name, device = backend
-    r, v, m, bootstrap = make(1, 131_072)
+    r, v, m, bootstrap = make(1, 32_768 if backend == ("triton", "cpu") else 131_072)  # the interpreter is slow
     advantages, returns = fastrl.gae(
         r.to(device), v.to(device), mask=m.to(device), gamma=0.999, lam=0.97, bootstrap=bootstrap.to(device),
         backend=name,

@@ -41,7 +41,7 @@ from .tune import (
 )
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
+@triton.jit(do_not_specialize=[*STRIDES, *ROWS], do_not_specialize_on_alignment=PER_ROW)
 def _fused_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,
     advantages_ptr, weights_ptr, entropy_weights_ptr, old_ptr, ref_ptr, rollout_ptr, policy_weights_ptr,
@@ -176,6 +176,7 @@ def fused_loss_grad(
     options = {"V": V, "log_vocab": math.log(V), **transform, **numbers, **structure, **block}
     options["ALIGNED"] = rows_aligned(logits, dlogits)
     variant = variant_of(_fused_kernel, arguments, options)
+    by_ticket = takes_tickets(*kind, multiprocessors=multiprocessors(logits.device))
     with on_device(logits):
         if few_rows(count, arch, variant):
             parts = tile_statistics_of_rows(logits, *tokens, config, **transform)
@@ -184,8 +185,9 @@ def fused_loss_grad(
                 **numbers, **structure, **block,
             )  # fmt: skip
             logprob_bwd(logits, dlogits, ids, mask, rows, temperature, *scores, *cotangents, **transform)
-            compile_ahead(_fused_kernel, variant, *arguments, **options)
-        elif takes_tickets(*kind, multiprocessors=multiprocessors(logits.device)):
+            if not by_ticket:
+                compile_ahead(_fused_kernel, variant, *arguments, **options)
+        elif by_ticket:
             launch_by_ticket(*arguments, **options)
         else:
             _fused_kernel[(count,)](*arguments, **options)

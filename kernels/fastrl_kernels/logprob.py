@@ -38,7 +38,7 @@ from .tune import (
 )
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
+@triton.jit(do_not_specialize=[*STRIDES, *ROWS], do_not_specialize_on_alignment=PER_ROW)
 def _logprob_fwd_kernel(
     logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
 
@@ -73,7 +73,7 @@ def store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, 
     tl.store(log_sum_ptr + n, log_s)
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
+@triton.jit(do_not_specialize=[*STRIDES, *ROWS], do_not_specialize_on_alignment=PER_ROW)
 def _tile_statistics_kernel(
     logits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, parts_ptr,
 
@@ -143,7 +143,7 @@ def _parts_to_scores_kernel(
     store_scores(logp_ptr, entropy_ptr, max_ptr, log_sum_ptr, n, logp, entropy, m, log_s)
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
+@triton.jit(do_not_specialize=[*STRIDES, *ROWS], do_not_specialize_on_alignment=PER_ROW)
 def _logprob_bwd_kernel(
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr, logp_ptr, entropy_ptr, max_ptr, log_sum_ptr,
     dlogp_ptr, dentropy_ptr,

@@ -52,7 +52,7 @@ def takes_tickets(
     return 1 < tiles <= there // 2
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=[*PER_ROW, *ROWS])
+@triton.jit(do_not_specialize=[*STRIDES, *ROWS], do_not_specialize_on_alignment=PER_ROW)
 def _fused_ticket_kernel(
     parts_ptr, arrived_ptr, ticket_ptr,
     logits_ptr, dlogits_ptr, ids_ptr, mask_ptr, rows_ptr, temperature_ptr,

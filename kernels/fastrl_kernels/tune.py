@@ -22,7 +22,7 @@ compile another variant."""
 ROWS = ["logits_ptr", "dlogits_ptr"]
 """Their alignment is told by a constexpr, together with that of the strides; see `row_at`."""
 STRIDES = ["T", "out_T", "stride_b", "stride_t", "out_stride_b", "out_stride_t"]
-"""How rows lie: no compiled variant depends on it."""
+"""How rows lie: no compiled variant depends on it, nor on the size of `ROWS` (which AMD's asks)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ _compiled_ahead: set[tuple[Any, ...]] = set()
 
 
 def variant_of(kernel: Any, arguments: Iterable[Any], options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a compiled variant of a kernel depends on: which arguments are there, their dtypes, V and the constexprs."""
+    """What a compiled variant of a kernel depends on: device, which arguments are there, their dtypes, V and the
+    constexprs."""
     present = tuple(x.dtype if isinstance(x, torch.Tensor) else x is None for x in arguments)
     return (
         kernel,
