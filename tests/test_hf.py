@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -263,7 +264,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         port = str(free.getsockname()[1])
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, str(Path(__file__).parent / "hf_two_processes.py"), str(tmp_path)]
+    script = str(Path(__file__).parent / "hf_two_processes.py")
+    command = [sys.executable, "-X", "faulthandler", script, str(tmp_path)]
     ranks, logs = [], [tmp_path / f"rank{rank}.log" for rank in range(2)]
     for rank, log in enumerate(logs):
         with log.open("w") as file:
@@ -272,12 +274,15 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     try:
         deadline = time.monotonic() + 180
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, [log.read_text()[-2000:] for log in logs]
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.send_signal(signal.SIGABRT)  # it says where it waits
+                    rank.wait()
             time.sleep(0.1)
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], [log.read_text()[-2000:] for log in logs]
+    assert [rank.returncode for rank in ranks] == [0, 0], [log.read_text()[-6000:] for log in logs]
     tokens = sum(sum(row["completion_mask"]) for row in logged_rows())
     assert json.loads((tmp_path / "report.json").read_text()) == {"compared": 4, "tokens": tokens}
