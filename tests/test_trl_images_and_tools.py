@@ -11,11 +11,11 @@ pytest.importorskip("datasets", reason="needs datasets")
 pytest.importorskip("PIL", reason="needs pillow")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-from trl_chat_cases import image_trainer, llava, qwen2_vl, tool_trainer  # noqa: E402
+from trl_chat_cases import image_trainer, llava, picture, qwen2_vl, tool_trainer  # noqa: E402
 from trl_training_cases import OURS, THEIRS, differing, even_tokens, logged  # noqa: E402
 
 OPTIONS = {"max_steps": 10, "num_iterations": 2, "gradient_accumulation_steps": 2, "reward": even_tokens}
-PROMPTS = OPTIONS | {"num_generations": 3}  # two of them in a micro-batch, so that TRL takes its images apart
+PAIRS = OPTIONS | {"num_generations": 3}  # two of them in a micro-batch, so that TRL takes its images apart
 LEVELS = ("hidden", "logits")
 
 
@@ -47,13 +47,13 @@ def vision_tower(it):
 )
 def test_same_curves_with_images(family, column, kind):
     """Which the vision tower learns from, and without which TRL's own curve is another."""
-    theirs = logged(image_trainer(THEIRS[kind], family, column, **PROMPTS))
+    theirs = logged(image_trainer(THEIRS[kind], family, column, **PAIRS))
     for level in LEVELS:
-        it = image_trainer(OURS[kind], family, column, level=level, **PROMPTS)
+        it = image_trainer(OURS[kind], family, column, level=level, **PAIRS)
         before = vision_tower(it)
         assert_same(theirs, logged(it))
         assert (vision_tower(it) - before).abs().max() > 1e-3
-    unseen, _ = logged(image_trainer(THEIRS[kind], family, column, black=True, **PROMPTS | {"max_steps": 2}))
+    unseen, _ = logged(image_trainer(THEIRS[kind], family, column, black=True, **PAIRS | {"max_steps": 2}))
     assert differing(theirs[0][:2], unseen)["grad_norm"] > 1e-2
 
 
@@ -78,3 +78,22 @@ def test_same_curves_with_tools():
         chats.clear()
         assert_same(theirs, logged(tool_trainer(OURS["GRPO"], level=level, **options)))
         assert chats == same
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_same_curves_with_tools_that_show_images(image):
+    """Whose placeholders then stand in the completion; the prompt has an image besides, or none."""
+    shown = []
+
+    def calls(completions, **_):
+        shown.extend(str(chat).count("'type': 'image'") for chat in completions)
+        return [sum(message["role"] == "tool" for message in chat) for chat in completions]
+
+    options = PAIRS | {"max_steps": 6, "reward": calls, "max_completion_length": 32, "tool": picture, "image": image}
+    theirs = logged(tool_trainer(trl.GRPOTrainer, **options))
+    assert sum(shown) > 20 and 0 in shown
+    for level in LEVELS:
+        it = tool_trainer(OURS["GRPO"], level=level, **options)
+        before = vision_tower(it)
+        assert_same(theirs, logged(it))
+        assert (vision_tower(it) - before).abs().max() > 1e-3

@@ -55,7 +55,7 @@ class Qwen2VLProcessor(transformers.Qwen2VLProcessor):
 
 def qwen2_vl() -> tuple[Any, Any]:
     """(model, processor): the patches and tokens of an image depend on its size."""
-    words = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    words = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<call>")
     ids = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 2, "mlp_ratio": 1}
     text = trl_common.SMALL | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
@@ -78,35 +78,38 @@ def pictures(count: int, black: bool = False) -> list[Image.Image]:
     return out
 
 
-def image_trainer(cls: Any, family: Any, column: str = "images", black: bool = False, **options: Any) -> Any:
-    """Prompts with one image each or, in the column `images`, one or two (TRL itself cannot mix in prompts with none)."""
+def seeded(family: Any) -> tuple[Any, Any]:
+    """Its (model, processor), with a head peaked enough for ratios and entropies to vary."""
     torch.manual_seed(0)
     policy, processor = family()
     with torch.no_grad():
         torch.nn.init.normal_(policy.get_output_embeddings().weight, std=0.5)
+    return policy, processor
+
+
+PROMPTS = [[{"role": "user", "content": f"t{2 + i} t3"}] for i in range(12)]
+
+
+def image_trainer(cls: Any, family: Any, column: str = "images", black: bool = False, **options: Any) -> Any:
+    """Prompts with one image each or, in the column `images`, one or two (TRL itself cannot mix in prompts with none)."""
+    policy, processor = seeded(family)
     seen = pictures(12, black)
     rows = seen if column == "image" else [seen[i : i + n] for i, n in zip(range(12), (1, 2, 1) * 4, strict=True)]
-    data = Dataset.from_dict(
-        {"prompt": [[{"role": "user", "content": f"t{2 + i} t3"}] for i in range(12)], column: rows}
-    )
-    return trl_common.trainer(
-        cls, policy, processing_class=processor, train_dataset=data, eval_dataset=data.select([1]), **SETTINGS | options
-    )
+    data = Dataset.from_dict({"prompt": PROMPTS, column: rows})
+    given = {"processing_class": processor, "train_dataset": data, "eval_dataset": data.select([1])}
+    return trl_common.trainer(cls, policy, **SETTINGS | given | options)
 
 
-CALL = trl_common.VOCAB - 1
-PARSED = {  # transformers' response template: the word before <call> is what is looked up
-    "start_anchor": "t32",
-    "defaults": {"role": "assistant"},
-    "fields": {
-        "content": {"content": "text"},
-        "tool_calls": {
-            "open_pattern": r"(?P<word>t\d+) <call>",
-            "repeats": True,
-            "transform": {"type": "function", "function": {"name": "lookup", "arguments": {"word": "{word}"}}},
-        },
-    },
-}
+def response_template(tool: str) -> dict[str, Any]:
+    """How transformers parses an answer: the word before <call> is what the tool is asked for."""
+    call = {"name": tool, "arguments": {"word": "{word}"}}
+    calls = {
+        "open_pattern": r"(?P<word>t\d+) <call>",
+        "repeats": True,
+        "transform": {"type": "function", "function": call},
+    }
+    fields = {"content": {"content": "text"}, "tool_calls": calls}
+    return {"start_anchor": "t32", "defaults": {"role": "assistant"}, "fields": fields}
 
 
 def lookup(word: str) -> str:
@@ -121,13 +124,28 @@ def lookup(word: str) -> str:
     return " ".join(f"t{(number + i) % 30 + 2}" for i in range(1 + number % 3))
 
 
-def tool_trainer(cls: Any, **options: Any) -> Any:
+def picture(word: str) -> list:
+    """Shows a picture of a word.
+
+    Args:
+        word: a word of the vocabulary.
+    """
+    return [{"type": "text", "text": word}, {"type": "image", "image": pictures(12)[int(word[1:]) % 12]}]
+
+
+def tool_trainer(cls: Any, tool: Any = lookup, image: bool = False, **options: Any) -> Any:
     """A model whose turn ends at <eos> or at <call>, which it samples as any other word: the call is the model's own,
-    TRL parses it, calls `lookup` and lets the model go on after the answer."""
-    policy = trl_common.model("Qwen2")
-    policy.generation_config.eos_token_id = [trl_common.tokenizer().eos_token_id, CALL]
-    chat = trl_common.tokenizer(("<call>",), chat_template=TEMPLATE.replace("IMAGE", "''"))
-    chat.response_template = PARSED
-    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"t{2 + i} t3"}] for i in range(12)]})
-    given = {"tools": [lookup], "processing_class": chat, "train_dataset": data, "eval_dataset": data.select([1])}
+    TRL parses it, calls the tool and lets the model go on after the answer. With `picture` as the tool the model is a
+    Qwen2-VL, and with `image` its prompts have one too."""
+    policy, processor = trl_common.model("Qwen2"), trl_common.tokenizer(("<call>",))
+    processor.chat_template = TEMPLATE.replace("IMAGE", "''")
+    if tool is picture:
+        policy, processor = seeded(qwen2_vl)
+        # TRL itself suppresses the first of them alone, and the model fails with a sampled second one
+        options["generation_kwargs"] = {"suppress_tokens": [39, 38, 37, 36]}
+    chat = getattr(processor, "tokenizer", processor)
+    policy.generation_config.eos_token_id = [chat.eos_token_id, chat.convert_tokens_to_ids("<call>")]
+    chat.response_template = response_template(tool.__name__)
+    data = Dataset.from_dict({"prompt": PROMPTS, **({"image": pictures(12)} if image else {})})
+    given = {"tools": [tool], "processing_class": processor, "train_dataset": data, "eval_dataset": data.select([1])}
     return trl_common.trainer(cls, policy, **SETTINGS | given | options)
