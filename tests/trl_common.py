@@ -32,12 +32,18 @@ SMALL = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One word per id."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, VOCAB)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+def tokenizer(named: tuple[str, ...] = (), **options: Any) -> PreTrainedTokenizerFast:
+    """One word per id; `named` are the words of the last ids, the last first, which need no space around them."""
+    names = ["<pad>", "<eos>", *(f"t{i}" for i in range(2, VOCAB - len(named))), *reversed(named)]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    special = {
+        "padding_side": "left",
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "additional_special_tokens": list(named),
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special, **options)
 
 
 def model(name: str = "Qwen2", **extra: Any) -> Any:
@@ -56,9 +62,16 @@ def no_reward(completions: list[str], **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+_GIVEN = ("level", "peft_config", "rollout_func", "tools", "processing_class", "train_dataset", "eval_dataset")
+
+
 def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_reward, rows: int = 8, **options: Any):
-    """A trainer around `policy`; what its constructor takes besides the config goes by the names in `given`."""
-    given = {name: options.pop(name) for name in ("level", "peft_config", "rollout_func") if name in options}
+    """A trainer around `policy`; what its constructor takes besides the config goes by the names in `_GIVEN`."""
+    given = {
+        "processing_class": tokenizer(),
+        "train_dataset": Dataset.from_dict({"prompt": ["t2 t3"] * rows}),
+        "eval_dataset": Dataset.from_dict({"prompt": ["t4 t3"]}),
+    } | {name: options.pop(name) for name in _GIVEN if name in options}
     config = trl.RLOOConfig if issubclass(cls, trl.RLOOTrainer) else trl.GRPOConfig
     settings = {
         "output_dir": tempfile.gettempdir(),
@@ -78,9 +91,6 @@ def trainer(cls: Any, policy: Any, *, reference: Any = None, reward: Any = no_re
         model=policy,
         reward_funcs=reward,
         args=config(**settings | options),
-        train_dataset=Dataset.from_dict({"prompt": ["t2 t3"] * rows}),
-        eval_dataset=Dataset.from_dict({"prompt": ["t4 t3"]}),
-        processing_class=tokenizer(),
         **given,
     )
     it.remove_callback(PrinterCallback)

@@ -16,6 +16,7 @@ from fastrl.adapters.trl import GRPOTrainer, RLOOTrainer
 STEPS = 50
 OURS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
 THEIRS = {"GRPO": trl.GRPOTrainer, "RLOO": trl.RLOOTrainer}
+SETTINGS = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "top_k": 0, "seed": 3}
 _CLOCKS = ("time", "runtime", "per_second")
 
 
@@ -37,13 +38,16 @@ def build(cls: Any, folder: Any, **options: Any) -> Any:
         peft = pytest.importorskip("peft", reason="needs peft")
         targets = ["q_proj", "o_proj", "down_proj"]
         options["peft_config"] = peft.LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
-    settings = {"max_steps": STEPS, "logging_steps": 1, "learning_rate": 3e-3, "top_k": 0, "seed": 3}
-    return trl_common.trainer(cls, policy, reward=even_tokens, rows=64, **settings | options)
+    return trl_common.trainer(cls, policy, reward=even_tokens, rows=64, **SETTINGS | options)
 
 
 def train(cls: Any, folder: Any, **options: Any) -> tuple[list[dict], dict]:
     """(what was logged at each step, what an evaluation afterwards logged)."""
-    it = build(cls, folder, **options)
+    return logged(build(cls, folder, **options))
+
+
+def logged(it: Any) -> tuple[list[dict], dict]:
+    """`train` of a trainer that was built elsewhere."""
     it.train()
     log = [entry for entry in it.state.log_history if "entropy" in entry]
     torch.manual_seed(4)
