@@ -42,13 +42,15 @@ class LiveRows(NamedTuple):
             rows = torch.arange(flat.num_tokens, device=valid.device)
             return cls(rows, flat.num_tokens, flat.num_tokens, flat.num_tokens, [])
         key = 2 - valid.int() - live.int()
-        order = torch.argsort(key, stable=True)
         if not by_sequence:
             found = torch.stack([valid.sum(), live.sum()])
             counts = row_counts or found.tolist()
             if counts[0] == counts[1] == flat.num_tokens:  # also if the caller is wrong: rows stay with their tokens
                 order = torch.arange(flat.num_tokens, device=valid.device)
+            else:
+                order = torch.argsort(key, stable=True)
             return cls(order[: counts[0]], counts[0], counts[1], flat.num_tokens, [], found)
+        order = torch.argsort(key, stable=True)
         lengths, alive = torch.stack([flat.lengths, live_sequences.float()]).tolist()
         ends = [0]
         for wanted in (1.0, 0.0):

@@ -16,7 +16,7 @@ from fastrl.rows import SparseRows
 
 _TILE_BYTES = 2**24  # of the head's weight held in a wider dtype where the library cannot widen by itself
 _PLACE_BYTES = 32  # of one place in a row's list: column and gradient, and both again while they are sorted
-_LARGE_HEAD = 2**24  # elements, from which on no library splits the sum over the rows and adds parts in half precision
+_LARGE_HEAD = 2**24  # elements: tiles enough that no library need split the sum over the rows (a GPU test asks)
 _ROWS_AT_ONCE = 64  # a CPU's library sums a row in an order that depends on how many there are: always as many
 
 
