@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl import backend as backends
+from fastrl import cpu_products
 from fastrl.chunking import BUFFER_BYTES, row_stride, rows_per_chunk
 from fastrl.dtypes import wide
 from fastrl.rows import SparseRows
@@ -160,6 +161,8 @@ class Projection:
         chunk = Chunk(rows, span, self.hidden[span], logits, gradient, lists)
         if logits.dtype != self.weight.dtype:
             _widening_product(logits, chunk.hidden, self.weight, self.bias)
+        elif cpu_products.usable(chunk.hidden, self.weight):
+            cpu_products.logits(chunk.hidden, self.weight, self.bias, logits)
         elif self.bias is None:
             torch.mm(chunk.hidden, self.weight.t(), out=logits)
         else:
@@ -171,7 +174,9 @@ class Projection:
         if chunk.sparse is not None:
             self._accumulate_lists(chunk, chunk.sparse)
             return
-        if self.dhidden is not None and isinstance(chunk.span, slice):
+        if self.dhidden is not None and cpu_products.usable(chunk.gradient, self.weight):
+            self.dhidden[chunk.span] = cpu_products.hidden_gradient(chunk.gradient, self.weight)
+        elif self.dhidden is not None and isinstance(chunk.span, slice):
             torch.mm(chunk.gradient, self.weight, out=self.dhidden[chunk.span])
         elif self.dhidden is not None:
             self.dhidden[chunk.span] = torch.mm(chunk.gradient, self.weight)
