@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +18,14 @@ from fastrl.options import (
     AdvantageBaseline,
     AdvantageScale,
     Aggregation,
-    CorrectionLevel,
-    DivergenceLevel,
     KLEstimator,
     KLGradient,
     RatioLevel,
-    check_number,
     option,
 )
 from fastrl.registry import Definition
 from fastrl.rollout_correction import RolloutCorrection
+from fastrl.spec_checks import check
 
 _next_key = itertools.count()
 _specs: weakref.WeakValueDictionary[int, LossSpec] = weakref.WeakValueDictionary()
@@ -98,8 +95,7 @@ class LossSpec(OwnNumbers):
 
     def __post_init__(self) -> None:
         self._check_options()
-        self._check_numbers()
-        self._check_combinations()
+        check(self)
         object.__setattr__(self, "_key", next(_next_key))
         _specs[self.key] = self
 
@@ -167,178 +163,6 @@ class LossSpec(OwnNumbers):
             put("entropy_aggregation", Aggregation)
         put("advantage_baseline", AdvantageBaseline)
         put("advantage_scale", AdvantageScale)
-
-    def _check_numbers(self) -> None:
-        check_number("epsilon_low", self.epsilon_low, 0.0, optional=True)
-        caps = self.objective == "cispo"  # its upper bound caps a weight, at any positive number; a clip range holds 1
-        check_number("epsilon_high", self.epsilon_high, -1.0 if caps else 0.0, inclusive=not caps, optional=True)
-        for name in ("delta", "dual_clip"):
-            check_number(name, getattr(self, name), 1.0, inclusive=False, optional=True)
-        for name in ("log_ratio_clamp", "kl_clamp"):
-            check_number(name, getattr(self, name), 0.0, inclusive=False, optional=True)
-        for name in ("kl_coef", "advantage_eps"):
-            check_number(name, getattr(self, name), 0.0)
-        check_number("entropy_coef", self.entropy_coef, -math.inf)
-        check_number("off_policy_threshold", self.off_policy_threshold, -math.inf, optional=True)
-        check_number("top_entropy_quantile", self.top_entropy_quantile, 0.0)
-        for field in dataclasses.fields(OwnNumbers):
-            lowest = -math.inf if field.name in ("clip_cov_low", "clip_cov_high") else 0.0
-            check_number(field.name, getattr(self, field.name), lowest, inclusive=False)
-        if self.top_entropy_quantile > 1:
-            raise ValueError(
-                f"top_entropy_quantile: expected a fraction from 0 to 1, got {self.top_entropy_quantile!r}"
-            )
-        if self.log_ratio_clamp is not None and self.log_ratio_clamp > 80:
-            raise ValueError(
-                f"log_ratio_clamp: expected at most 80 (exp overflows float32 above 88), got {self.log_ratio_clamp!r};"
-                " use None to leave the ratio unbounded"
-            )
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise TypeError(f"seed: expected an int or None, got {self.seed!r}")
-
-    def _check_combinations(self) -> None:
-        self._check_aggregation()
-        if self.definition is None:
-            self._check_reads("a custom objective does its own clipping", (), "clip inside the function")
-            if self.ratio_level not in (RatioLevel.TOKEN, RatioLevel.SEQUENCE):
-                raise ValueError(
-                    f"ratio_level: a custom objective takes 'token' or 'sequence', got {str(self.ratio_level)!r}"
-                )
-        else:
-            self._check_objective(self.definition)
-        if self.delta is not None and self.epsilon_high is not None and self.delta <= 1 + self.epsilon_high:
-            raise ValueError(
-                f"delta: expected more than 1 + epsilon_high = {1 + self.epsilon_high:g} (it is a raw bound on the "
-                f"ratio, beyond the clip range), got {self.delta!r}"
-            )
-        if self.objective != "clip_cov" and self.seed is not None:
-            raise ValueError(f"seed: only objective 'clip_cov' draws at random, got {self.seed!r}; leave it None")
-        self._check_kl()
-        self._check_rollout()
-
-    def _check_aggregation(self) -> None:
-        if self.entropy_aggregation == Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
-            raise ValueError(
-                "entropy_aggregation: 'seq-mean-token-sum-norm' has no length of its own to divide by; use "
-                "'seq-mean-token-sum' and divide entropy_coef"
-            )
-        if self.entropy_aggregation is not None and not self.entropy_coef:
-            raise ValueError(
-                f"entropy_aggregation: {str(self.entropy_aggregation)!r} has no effect while entropy_coef is 0; set "
-                "entropy_coef or leave it None"
-            )
-        if self.aggregation == Aggregation.SEQ_MEAN_TOKEN_SUM_NORM:
-            if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
-                raise ValueError(
-                    "max_length: aggregation 'seq-mean-token-sum-norm' needs a positive int (the longest completion, "
-                    f"in tokens), got {self.max_length!r}; e.g. LossSpec.preset('dr_grpo', max_length=1024)"
-                )
-        elif self.max_length is not None:
-            raise ValueError(
-                f"max_length: only aggregation 'seq-mean-token-sum-norm' divides by it, got {self.max_length!r} with "
-                f"aggregation {str(self.aggregation)!r}; leave it None"
-            )
-        if self.advantage_baseline == AdvantageBaseline.LENGTH_WEIGHTED:
-            raise ValueError(
-                "advantage_baseline: 'length-weighted' needs the lengths of the whole group, which a loss on a "
-                "micro-batch does not have; use group_advantages(rewards, ..., baseline='length-weighted', "
-                "lengths=...) and pass Rollouts(advantages=...)"
-            )
-
-    def _check_objective(self, definition: Definition) -> None:
-        name = str(self.objective)
-        self._check_reads(f"objective {name!r} does not read it", (*definition.reads, *definition.numbers))
-        if str(self.ratio_level) not in definition.levels:
-            levels = " or ".join(map(repr, definition.levels))
-            raise ValueError(
-                f"ratio_level: objective {name!r} is defined at {levels}, got {str(self.ratio_level)!r}; use that, or "
-                "another objective"
-            )
-        if self.epsilon_low is not None and self.epsilon_low > 1 and definition.centre == 1:
-            raise ValueError(
-                f"epsilon_low: expected an offset from 1 of at most 1, got {self.epsilon_low!r};"
-                " use None for no lower bound"
-            )
-        if None not in (self.epsilon_low, self.epsilon_high) and self.epsilon_high < -self.epsilon_low:
-            raise ValueError(
-                f"epsilon_high: expected an upper bound of at least the lower one, 1 - epsilon_low = "
-                f"{1 - self.epsilon_low:g}, got 1 + {self.epsilon_high!r}; set epsilon_low=None"
-            )
-        if name == "clip_cov" and self.seed is None:
-            raise ValueError(
-                "seed: objective 'clip_cov' draws tokens at random and needs an int, got None; change it every step: "
-                "spec.replace(seed=step)"
-            )
-        if definition.selects and self.top_entropy_quantile < 1:
-            raise ValueError(
-                f"top_entropy_quantile: objective {name!r} picks tokens by itself, got {self.top_entropy_quantile!r}; "
-                "use objective 'ppo_clip' with it"
-            )
-        if name == "gmpo" and self.top_entropy_quantile < 1:
-            raise ValueError(
-                f"top_entropy_quantile: undefined with objective 'gmpo', whose loss is one number per sequence, got "
-                f"{self.top_entropy_quantile!r}; leave it 1"
-            )
-        if name == "clip_cov" and self.clip_cov_low >= self.clip_cov_high:
-            raise ValueError(
-                f"clip_cov_low: expected less than clip_cov_high = {self.clip_cov_high!r}, got {self.clip_cov_low!r}"
-            )
-
-    def _check_reads(self, why: str, reads: tuple[str, ...], remedy: str = "") -> None:
-        """A number that the objective does not read must stay at its default."""
-        clipping = ("epsilon_low", "epsilon_high", "delta", "dual_clip")
-        own = tuple(field.name for field in dataclasses.fields(OwnNumbers))
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in (*clipping, *own):
-            if name not in reads and getattr(self, name) != defaults[name]:
-                readers = [key for key, other in OBJECTIVES.items() if name in (*other.reads, *other.numbers)]
-                raise ValueError(
-                    f"{name}: {why}, got {getattr(self, name)!r}; leave it at its default {defaults[name]!r}, "
-                    f"{remedy or 'or use objective ' + ' or '.join(map(repr, readers))}"
-                )
-
-    def _check_kl(self) -> None:
-        if self.kl_coef == 0:
-            for name, default in (
-                ("kl_estimator", KLEstimator.K3),
-                ("kl_gradient", KLGradient.PLAIN),
-                ("kl_clamp", None),
-            ):
-                if getattr(self, name) != default:
-                    value = getattr(self, name)
-                    shown = repr(str(value)) if isinstance(value, str) else repr(value)
-                    raise ValueError(f"{name}: {shown} has no effect while kl_coef is 0; set kl_coef or leave it")
-        if self.kl_gradient == KLGradient.IMPORTANCE_WEIGHTED and self.objective == "gmpo":
-            raise ValueError(
-                "kl_gradient: 'importance_weighted' is undefined with objective 'gmpo', whose ratio is clipped token "
-                "by token; use 'plain' or 'straight_through'"
-            )
-
-    def _check_rollout(self) -> None:
-        if self.rollout is None:
-            return
-        if not isinstance(self.rollout, RolloutCorrection):
-            raise TypeError(f"rollout: expected a fastrl.RolloutCorrection or None, got {self.rollout!r}")
-        by_token = self.rollout.level == CorrectionLevel.TOKEN or (
-            self.rollout.reject is not None and self.rollout.reject_level == DivergenceLevel.TOKEN
-        )
-        whole = self.objective == "gmpo" or self.ratio_level == RatioLevel.SEQUENCE_SUM
-        if whole and (by_token or self.rollout.second_moment is not None):
-            what = "objective 'gmpo'" if self.objective == "gmpo" else "ratio_level 'sequence_sum'"
-            raise ValueError(
-                f"rollout: a weight per token is undefined with {what}, whose loss is one number per sequence; use "
-                "level='sequence' or 'geometric', and a reject_level of sequences"
-            )
-        if self.objective == "vespo" and self.rollout.level == CorrectionLevel.GEOMETRIC:
-            raise ValueError(
-                "rollout.level: objective 'vespo' folds the weight into its product of ratios, got 'geometric'; "
-                "use 'token' or 'sequence'"
-            )
-        if self.objective == "vespo" and self.rollout.by_batch:
-            raise ValueError(
-                "rollout: objective 'vespo' folds each sequence's weights in; leave normalize, second_moment and "
-                "rejected_in_denominator at their defaults"
-            )
 
 
 def _rebuild(fields: dict[str, Any]) -> LossSpec:

@@ -63,7 +63,7 @@ def test_dependencies_point_downwards():
     import ast
 
     order = [
-        "options", "rollout_correction", "registry", "objectives", "spec", "presets", "_checks", "clamping", "kl", "whitening", "dtypes", "flat",
+        "options", "rollout_correction", "registry", "objectives", "spec_checks", "spec", "presets", "_checks", "clamping", "kl", "whitening", "dtypes", "flat",
         "ratio", "correction", "selection", "reduction", "backend", "operators", "advantages", "batch_advantages", "metrics",
         "reference", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "chunking", "cpu_products", "torch_backend",
         "triton_backend", "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "double_backward",
