@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks
-from fastrl.advantages import check_groups
 from fastrl.correction import correct_batch
 from fastrl.flat import Flat, segment_sum
 from fastrl.reduction import denominator
+from fastrl.rollout_checks import FLAGS, PER_TOKEN, check
 from fastrl.spec import LossSpec
-
-_FLAGS = ("mask", "selected")
-_PER_TOKEN = ("old_logps", "ref_logps", "rollout_logps", "rollout_weights")
 
 
 class _Place(NamedTuple):
@@ -79,9 +76,7 @@ class Rollouts:
     flat: Flat = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._check_layout()
-        self._check_per_token()
-        self._check_advantages()
+        check(self)
         object.__setattr__(self, "flat", self._flatten())
 
     @property
@@ -159,7 +154,7 @@ class Rollouts:
 
     def _part(self, first: int, last: int, start: int, stop: int) -> Rollouts:
         """Sequences first:last, which are rows start:stop of dim 0."""
-        changes: dict[str, Any] = {name: getattr(self, name) for name in ("token_ids", *_FLAGS, *_PER_TOKEN)}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in ("token_ids", *FLAGS, *PER_TOKEN)}
         changes = {name: value[start:stop] for name, value in changes.items() if value is not None}
         if self.advantages is not None:
             packed_tokens = self.cu_seqlens is not None and self._has_token_advantages()
@@ -184,7 +179,7 @@ class Rollouts:
         rows = self.flat.valid().nonzero().squeeze(-1)
         picked: dict[str, Any] = {
             name: value.reshape(-1)[rows]
-            for name in ("token_ids", *_FLAGS, *_PER_TOKEN)
+            for name in ("token_ids", *FLAGS, *PER_TOKEN)
             if (value := getattr(self, name)) is not None
         }
         if self.advantages is not None:
@@ -194,80 +189,6 @@ class Rollouts:
         picked["cu_seqlens"] = torch.cat([ends.new_zeros(1), ends])
         place = self._place._replace(token_advantages=self._has_token_advantages())
         return dataclasses.replace(self, **picked, _place=place), rows
-
-    def _check_layout(self) -> None:
-        _checks.integer("token_ids", self.token_ids)
-        if self.cu_seqlens is None:
-            if self.token_ids.ndim != 2:
-                remedy = "add a batch dimension, or pass cu_seqlens for packed sequences"
-                _checks.refuse("token_ids", "shape (B, T)", self.token_ids, remedy)
-            return
-        if self.token_ids.ndim != 1:
-            _checks.refuse("token_ids", "shape (N,) with cu_seqlens", self.token_ids, "flatten it")
-        _checks.integer("cu_seqlens", self.cu_seqlens)
-        if self.cu_seqlens.ndim != 1 or self.cu_seqlens.shape[0] < 1:
-            _checks.refuse("cu_seqlens", "shape (S + 1,)", self.cu_seqlens, "start it with 0 and end it with N")
-        _checks.same_device("cu_seqlens", self.cu_seqlens, self.token_ids.device, "token_ids")
-        if self._free_to_read():
-            ends, total = self.cu_seqlens, self.token_ids.shape[0]
-            if ends[0] != 0 or ends[-1] != total or bool((ends[1:] < ends[:-1]).any()):
-                _checks.refuse("cu_seqlens", f"offsets that rise from 0 to N = {total}", str(ends.tolist()))
-
-    def _free_to_read(self) -> bool:
-        """Whether looking at values costs no synchronisation."""
-        return self.token_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    def _check_per_token(self) -> None:
-        shape, device = tuple(self.token_ids.shape), self.token_ids.device
-        for name in (*_FLAGS, *_PER_TOKEN):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            _checks.tensor(name, value)
-            remedy = "align it with token_ids: position t scores token t (see shift_for_next_token)"
-            _checks.shape(name, value, shape, "the shape of token_ids", remedy)
-            _checks.same_device(name, value, device, "token_ids")
-            if name not in _FLAGS:
-                _checks.floating(name, value)
-                _checks.no_grad_needed(name, value)
-        for name in _FLAGS:
-            flags = getattr(self, name)
-            readable = flags is not None and flags.dtype != torch.bool and self._free_to_read()
-            if readable and not bool(((flags == 0) | (flags == 1)).all()):
-                _checks.refuse(name, "bool or only 0 and 1", "other values", "use advantages to weigh tokens")
-        if self.row_counts is not None:
-            counts = self.row_counts
-            if len(counts) != 2 or not 0 <= counts[1] <= counts[0] <= self.token_ids.numel():
-                expected = "(tokens that count, of them those that can carry a gradient)"
-                _checks.refuse("row_counts", expected, repr(counts))
-
-    def _check_advantages(self) -> None:
-        if (self.advantages is None) == (self.rewards is None):
-            came = "neither" if self.advantages is None else "both"
-            _checks.refuse("advantages", "either advantages or rewards", came)
-        if self.rewards is None:
-            for name in ("group_size", "group_ids"):
-                if getattr(self, name) is not None:
-                    _checks.refuse(name, "None with given advantages", getattr(self, name), "pass rewards instead")
-            self._check_given_advantages()
-            return
-        _checks.floating("rewards", self.rewards)
-        _checks.no_grad_needed("rewards", self.rewards)
-        _checks.same_device("rewards", self.rewards, self.token_ids.device, "token_ids")
-        if self._place.rows is None:
-            _checks.shape("rewards", self.rewards, (self.num_sequences,), "one per sequence", "sum token rewards first")
-        check_groups(self.rewards, self.group_size, self.group_ids)
-
-    def _check_given_advantages(self) -> None:
-        _checks.floating("advantages", self.advantages)
-        _checks.no_grad_needed("advantages", self.advantages)
-        _checks.same_device("advantages", self.advantages, self.token_ids.device, "token_ids")
-        s = self.num_sequences
-        allowed = [(s,), tuple(self.token_ids.shape)] + ([(s, 1)] if self.cu_seqlens is None else [])
-        if tuple(self.advantages.shape) not in allowed:
-            names = "(B,), (B, 1) or (B, T)" if self.cu_seqlens is None else "(S,) or (N,)"
-            shapes = " or ".join(map(str, dict.fromkeys(allowed)))
-            _checks.refuse("advantages", f"shape {names}: {shapes}", self.advantages)
 
     def _flatten(self) -> Flat:
         ids = self.token_ids.reshape(-1).long()
@@ -287,23 +208,16 @@ class Rollouts:
         counts = torch.stack([tokens, (lengths > 0).sum().float(), torch.zeros_like(tokens)])
         if cu is not None:  # off the CPU, offsets that do not cover the tokens are only visible to the device
             counts = torch.where((cu[0] == 0) & (cu[-1] == ids.shape[0]), counts, torch.nan)
-
-        def floats(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            keep = values.dtype in _checks.WIDE_FLOATS
-            return values.detach().reshape(-1).to(values.dtype if keep else torch.float32).contiguous()
-
         return Flat(
             token_ids=ids.contiguous(),
             mask=None if mask is None else mask.contiguous(),
-            advantages=floats(self.advantages),
-            rewards=floats(self.rewards),
+            advantages=_floats(self.advantages),
+            rewards=_floats(self.rewards),
             group_ids=None if self.group_ids is None else self.group_ids.long().contiguous(),
-            old_logps=floats(self.old_logps),
-            ref_logps=floats(self.ref_logps),
-            rollout_logps=floats(self.rollout_logps),
-            policy_weights=floats(self.rollout_weights),
+            old_logps=_floats(self.old_logps),
+            ref_logps=_floats(self.ref_logps),
+            rollout_logps=_floats(self.rollout_logps),
+            policy_weights=_floats(self.rollout_weights),
             selected=None if self.selected is None else (self.selected.reshape(-1) != 0).float().contiguous(),
             sequence_ids=sequence_ids,
             cu_seqlens=cu,
@@ -322,6 +236,14 @@ class Rollouts:
         if self.advantages is None or self.advantages.shape != self.token_ids.shape:
             return False
         return self.cu_seqlens is None or self.token_ids.shape[0] != self.num_sequences
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    """Flat, detached, contiguous, in at least fp32."""
+    if values is None:
+        return None
+    keep = values.dtype in _checks.WIDE_FLOATS
+    return values.detach().reshape(-1).to(values.dtype if keep else torch.float32).contiguous()
 
 
 def shift_for_next_token(

@@ -109,11 +109,11 @@ def test_what_a_step_launches_compiles() -> None:
 def test_promise_11_no_kernel_is_keyed_by_how_rows_lie() -> None:
     """Strides and element counts are 64-bit whatever their value, or fixed by V and H: a batch of over 2³¹ logits takes
     the variant of a small one."""
-    from fastrl_kernels import fused, logprob, scale, sparse, ticket
+    from fastrl_kernels import fused, logprob, scale, sparse, sparse_sums, ticket
 
     kernels = {
         value.fn.__name__: value
-        for module in (fused, logprob, scale, sparse, ticket)
+        for module in (fused, logprob, scale, sparse, sparse_sums, ticket)
         for value in vars(module).values()
         if hasattr(value, "fn") and value.fn.__name__.endswith("_kernel")
     }

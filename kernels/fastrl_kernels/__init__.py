@@ -13,7 +13,8 @@ from .policy import STATISTICS, policy_loss_fwd
 from .ranking import ranked_reward
 from .scale import scale_
 from .scan import lambda_returns
-from .sparse import gather_columns, sparsify, sum_by_column
+from .sparse import sparsify
+from .sparse_sums import gather_columns, sum_by_column
 
 __all__ = [
     "OBJECTIVES",
