@@ -134,22 +134,24 @@ class Projection:
         beside = _Beside.of(self.weight.device) if len(self._buffers) > 1 else None
         before: Chunk | None = None
         first = 0
-        for rows in chunks:
-            last = first + rows.shape[0]
-            done = chunk = self._project(rows, slice(first, last) if in_order else rows, dense)
-            first = last
-            if beside is None:
-                work(chunk)
-            else:
+        try:
+            for rows in chunks:
+                last = first + rows.shape[0]
+                done = chunk = self._project(rows, slice(first, last) if in_order else rows, dense)
+                first = last
+                if beside is None:
+                    work(chunk)
+                else:
+                    beside.join()
+                    beside.start(work, chunk)
+                    done, before = before, chunk
+                if grad and done is not None:
+                    self._accumulate(done)
+        finally:  # also after an error: what the second stream still reads must not be given to others
+            if beside is not None:
                 beside.join()
-                beside.start(work, chunk)
-                done, before = before, chunk
-            if grad and done is not None:
-                self._accumulate(done)
-        if beside is not None:
-            beside.join()
-            if grad and before is not None:
-                self._accumulate(before)
+        if grad and before is not None:
+            self._accumulate(before)
 
     def _project(self, rows: Tensor, span: slice | Tensor, dense: bool) -> Chunk:
         """The logits of some tokens, in the next buffer."""
@@ -208,11 +210,15 @@ def _rounds_once(weight: Tensor) -> bool:
 
 
 def _add_outer(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
-    """total ← beta·total + dlogitsᵀ @ hidden, added in the dtype of `total`."""
+    """total ← beta·total, beta 0 or 1, + dlogitsᵀ @ hidden, added in the dtype of `total`."""
     if total.dtype == dlogits.dtype:
         total.addmm_(dlogits.t(), hidden, beta=beta)
-    elif _library_widens(dlogits):
+    elif _library_widens(dlogits) and beta == 0:
+        torch.mm(dlogits.t(), hidden, out_dtype=total.dtype, out=total)
+    elif _library_widens(dlogits) and _library_adds_wide():
         torch.addmm(total, dlogits.t(), hidden, beta=beta, out_dtype=total.dtype, out=total)
+    elif _library_widens(dlogits):
+        total.add_(torch.mm(dlogits.t(), hidden, out_dtype=total.dtype))
     else:
         tile = 4096
         wide_hidden = hidden.to(total.dtype)
@@ -245,6 +251,13 @@ def _library_widens(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
+@functools.cache
+def _library_adds_wide() -> bool:
+    """Whether torch's addmm adds such a product to an fp32 matrix: until 2.9 its `out_dtype` wanted the matrix in half
+    precision (pytorch#154086)."""
+    return torch.__version__ >= "2.11"  # compared as versions, which `TorchVersion` does
+
+
 class _Beside:
     """Runs the work on a chunk beside what the caller does next: on a second stream, or where there is none at once."""
 
@@ -256,13 +269,14 @@ class _Beside:
         return cls(_stream_of(device) if device.type == "cuda" else None)
 
     def start(self, work: Callable[[Chunk], None], chunk: Chunk) -> None:
-        """Start `work` once what was asked of the current stream so far is done."""
+        """Start `work` once what was asked of the current stream so far is done.
+
+        No tensor is recorded on the second stream: the caller joins before it lets go of any, and a recorded buffer
+        would not come back to the allocator until the device had caught up."""
         if self._stream is None:
             work(chunk)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        for tensor in (chunk.rows, chunk.logits, chunk.gradient, *(chunk.sparse or ())):
-            tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             work(chunk)
 

@@ -148,3 +148,44 @@ def test_promise_11_nothing_is_compiled_after_the_first_step(V: int, monkeypatch
     for i in range(1, len(SHAPES)):
         step(i, V, "cuda")
     assert compiled[first:] == []
+
+
+class _Unused:
+    def __getitem__(self, grid: Any) -> Any:
+        raise AssertionError("the one-pass kernel was launched")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter, where few rows take the one kernel too")
+@pytest.mark.parametrize("case", ["padded vocabulary", "fp32 logits"])
+def test_a_gradient_that_lies_otherwise_is_taken_apart(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the gradient's rows allow wider or narrower accesses than those of the logits, one kernel for both would sum
+    a row in another order than scoring does: Triton lays out all of its tiles alike (`test_codegen.py` holds the
+    orders of the kernels that are launched)."""
+    from fastrl_kernels import fused
+
+    B, T, V = 2, 3, 49
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, V, (B, T), generator=generator)
+    rollouts = fastrl.Rollouts(ids, advantages=torch.tensor([1.0, -1.0]), old_logps=torch.full((B, T), -4.0))
+    wide = torch.randn(B, T, 64, generator=generator)
+    hidden = torch.randn(B, T, H, generator=generator).bfloat16()
+
+    def step(padded: bool) -> list[torch.Tensor]:
+        if case == "padded vocabulary":
+            leaf = wide[..., :V] if padded else wide[..., :V].contiguous()
+            out = fastrl.policy_loss_from_logits(leaf.requires_grad_(), rollouts, backend="triton")
+        else:
+            leaf, head = hidden.clone().requires_grad_(), fastrl.LMHead(WEIGHT[:V].bfloat16())
+            more = {"out_dtype": torch.float32} if padded else {}
+            out = fastrl.policy_loss_from_hidden(leaf, head, rollouts, backend="triton", **more)
+        out.loss.backward()
+        return [out.loss, out.logps, leaf.grad]
+
+    usual = step(False)
+    monkeypatch.setattr(fused, "_fused_kernel", _Unused())
+    apart = step(True)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if case == "padded vocabulary" else {"rtol": 0.02, "atol": 0.02}
+    for a, b in zip(apart, usual, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    with pytest.raises(AssertionError, match="was launched"):
+        step(False)

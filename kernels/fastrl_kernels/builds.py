@@ -71,14 +71,10 @@ def builds_of(vocab_size: int) -> Iterator[Build]:
 
 def _wide_logits_builds(vocab_size: int, plain: tuple[str, ...]) -> Iterator[Build]:
     """fp32 logits of half-precision operands, whose gradient is rounded to theirs."""
-    names, own = objective_constexprs("ppo_clip")
-    for kernel, constexprs, absent in (
-        (logprob._logprob_bwd_kernel, {}, (*plain, "dentropy_ptr")),
-        (fused._fused_kernel, names, (*own, "rollout_ptr", "policy_weights_ptr", *BOUNDS)),
-    ):
-        build = _row_build("", kernel, vocab_size, constexprs, absent, "fp32")
-        name = "logprob_bwd-wide" if kernel is logprob._logprob_bwd_kernel else "fused-wide"
-        yield dataclasses.replace(build, name=name, dlogits="bf16")
+    yield _row_build("tile_statistics-fp32", logprob._tile_statistics_kernel, vocab_size, {}, plain, "fp32")
+    absent = (*plain, "dentropy_ptr")
+    backward = _row_build("logprob_bwd-wide", logprob._logprob_bwd_kernel, vocab_size, {}, absent, "fp32")
+    yield dataclasses.replace(backward, dlogits="bf16")
 
 
 _SPARSE_CAPACITY = 256

@@ -159,7 +159,9 @@ def fused_loss_grad(
     numbers: dict[str, float | None],
     structure: dict[str, Any],
 ) -> None:
-    """Score every row and write d(Σ wₜ·ℓₜ)/dlogits, from one launch (three for few rows)."""
+    """Score every row and write d(Σ wₜ·ℓₜ)/dlogits, from one launch; three for few rows, and for a gradient of another
+    dtype or alignment: in one kernel Triton gives all tiles of a row the wider layout of the two, which would sum the
+    row in another order than scoring does."""
     count, V, arch = num_rows(logits), logits.shape[-1], architecture(logits.device)
     if count == 0:
         return
@@ -174,18 +176,19 @@ def fused_loss_grad(
     strides = (stride_b, stride_t, out_stride_b, out_stride_t, T, out_T)
     arguments = (logits, dlogits, *tokens, *given, *scores, *cotangents, *strides)
     options = {"V": V, "log_vocab": math.log(V), **transform, **numbers, **structure, **block}
-    options["ALIGNED"] = rows_aligned(logits, dlogits)
+    options["ALIGNED"] = rows_aligned(logits)
+    apart = dlogits.dtype != logits.dtype or rows_aligned(dlogits) != rows_aligned(logits)
     variant = variant_of(_fused_kernel, arguments, options)
-    by_ticket = takes_tickets(*kind, multiprocessors=multiprocessors(logits.device))
+    by_ticket = not apart and takes_tickets(*kind, multiprocessors=multiprocessors(logits.device))
     with on_device(logits):
-        if few_rows(count, arch, variant):
+        if apart or few_rows(count, arch, variant):
             parts = tile_statistics_of_rows(logits, *tokens, config, **transform)
             _parts_to_cotangents_kernel[(count,)](
                 parts, *tokens, *given, *scores, *cotangents, V, math.log(V), transform["factor"],
                 **numbers, **structure, **block,
             )  # fmt: skip
             logprob_bwd(logits, dlogits, ids, mask, rows, temperature, *scores, *cotangents, **transform)
-            if not by_ticket:
+            if not (apart or by_ticket):
                 compile_ahead(_fused_kernel, variant, *arguments, **options)
         elif by_ticket:
             launch_by_ticket(*arguments, **options)

@@ -75,7 +75,8 @@ def write_row_gradient(
     g = tile_gradient(last.to(tl.float32), kept, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
     store_tile(out_ptr, kept, V, g, BLOCK_V)
     for back in range(BLOCK_V, kept + BLOCK_V, BLOCK_V):
-        start = kept - back
+        # Told, as Triton 3.6 does not see it beside a softcap, and stores 2 bytes at a time.
+        start = tl.multiple_of(kept - back, 16)
         x = tl.load(row_ptr + start + offs, eviction_policy="evict_first").to(tl.float32)
         g = tile_gradient(x, start, target, own, m, log_s, entropy, c, e, f, softcap, inner, BLOCK_V)
         tl.store(out_ptr + start + offs, g.to(out_ptr.dtype.element_ty), cache_modifier=".cs")

@@ -126,6 +126,10 @@ def tiles_together(ms, ss, qs, k):
     """(m, s, q/ln 2) of a row from those of its tiles, side by side: (TILES,), absent ones -inf, 0, 0."""
     m = tl.max(ms, 0)
     _, ss, qs = decayed(m, ms, ss, qs, k)
+    # Absent tiles are 0 already: said once more between the products and the sums, which the compiler would contract
+    # to one operation, rounded in one lane as in no other. Lanes that disagree take different branches.
+    absent = ms == float("-inf")
+    ss, qs = tl.where(absent, 0.0, ss), tl.where(absent, 0.0, qs)
     return m, tl.sum(ss, 0), tl.sum(qs, 0)
 
 
