@@ -23,11 +23,15 @@ torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
+    config.addinivalue_line("markers", "accelerator: runs on the GPU where there is one, so is then marked gpu as well")
     config.addinivalue_line("markers", "slow: over ten seconds")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "accelerator" in item.keywords and HAS_GPU:
+            item.add_marker(pytest.mark.gpu)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
