@@ -283,11 +283,11 @@ def test_host_synchronisations_of_the_sparse_gradient(overlap):
     hidden = batch.hidden.clone().requires_grad_()
     options = {"sparse_eps": 0.02, "sparse_capacity": 4, "overlap": overlap}
     fastrl.policy_loss_from_hidden(hidden, batch.head(), rollouts, TOKEN.replace(kl_coef=0.0), **options)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")  # the mode itself warns that it is a prototype
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
             fastrl.policy_loss_from_hidden(hidden, batch.head(), rollouts, TOKEN.replace(kl_coef=0.0), **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert sum("called a synchronizing" in str(warning.message) for warning in found) <= 1
