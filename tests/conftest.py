@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Generator
+from typing import Any
 
 import torch
 
@@ -34,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """Warnings of other packages while a module of tests imports them are shown; as errors they would end the collection,
+    and no test at all would run. Those of a test are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
