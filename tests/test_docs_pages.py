@@ -25,6 +25,7 @@ def run(page: str, namespace: dict) -> dict:
 
 def test_transformers(tmp_path, capsys):
     pytest.importorskip("transformers", reason="needs transformers 5.23")
+    pytest.importorskip("accelerate", reason="needs accelerate, which transformers' Trainer takes")
     from hf_cases import arguments, build_model
 
     model = build_model()
