@@ -47,7 +47,8 @@ suites:
   cpu      time and memory of the hidden level over N, H and V, on the CPU only
   all      all of them
   targets  the cases of bench/targets.py with the providers that each is compared with, and the verdicts;
-           with --device cpu those of the CPU. --budget 480 is a budget of eight minutes, not a promise that all of
+           with --device cpu those of the CPU; on a GPU the kernel whose programs wait for each other comes last, where
+           a hang can lose no other figure. --budget 480 is a budget of eight minutes, not a promise that all of
            them fit: cases without room are skipped, with a note
 
 The provider "floor" is no implementation: the bare copy of the logits, or the bare matrix products, in the same rounds.

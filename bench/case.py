@@ -98,6 +98,9 @@ class Case:
     """Whether it is over in microseconds on a GPU, so that its target is the time of its kernels: that is taken too."""
     first_call: bool = False
     """Whether a GPU run also times one call of a fresh process with no kernel compiled yet."""
+    waits: bool = False
+    """Whether the programs of one provider's kernel wait for each other: a GPU that never runs those they wait for
+    hangs, and the run with it. Such a case comes after all others, whose rows are written by then."""
 
 
 def timed_inputs(case: Case, provider: Provider) -> Inputs:

@@ -19,6 +19,7 @@ from bench.rows import steady
 COLUMNS = ("eager", "torch.compile", "torch-native", "trl", "liger", "verl", "cut-cross-entropy", "fastrl")
 LABELS = {
     r"logits-grpo-N(\d+)-V(\d+)-(\w+)": "GRPO with KL from logits, {} x {} {}",
+    r"logits-grpo-tickets-N(\d+)-V(\d+)-(\w+)": "the same, tiles by tickets, {} x {} {}",
     r"logits-gspo-N(\d+)-V(\d+)-(\w+)": "GSPO with KL from logits, {} x {} {}",
     r"logits-score-N(\d+)-V(\d+)-(\w+)": "log-probs and entropies from logits, {} x {} {}",
     r"hidden-peaked-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, peaked distribution, {} x {} x {} {}",

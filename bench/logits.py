@@ -192,8 +192,6 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         "trl": Provider(partial(_trl, sequence=sequence)),
         "floor": Provider(partial(_copy, sequence=sequence), floor=True),
     }
-    if not sequence:
-        providers["fastrl-tickets"] = Provider(_tickets)
     case = Case(
         name=f"logits-{'gspo' if sequence else 'grpo'}-N{shape.rows}-V{shape.vocab}-{shape.dtype}",
         suite="logits",
@@ -206,6 +204,13 @@ def loss_case(shape: Shape, sequence: bool = False, only: tuple[str, ...] = (), 
         first_call=shape.vocab == SCORED_VOCAB,
     )
     return dataclasses.replace(case, **more)
+
+
+def _ticket_case(shape: Shape) -> Case:
+    """The kernel whose programs wait for each other, apart from all whose figures a hang would take with it."""
+    case = loss_case(shape, only=("eager", "fastrl", "floor"), target=None, first_call=False, waits=True)
+    providers = {**case.providers, "fastrl-tickets": Provider(_tickets)}
+    return dataclasses.replace(case, name=case.name.replace("grpo", "grpo-tickets"), providers=providers)
 
 
 def _score_case(shape: Shape) -> Case:
@@ -238,4 +243,5 @@ def cases(device: str, quick: bool) -> list[Case]:
         shapes = [Shape(8, 128, 32000, dtype="fp32", device=device)]
     else:
         shapes = [Shape(8, 1024, vocab, dtype="bf16", device=device) for vocab in (32000, 128256, 151936, 262144)]
-    return [case for s in shapes for case in (loss_case(s), loss_case(s, sequence=True), _score_case(s))]
+    made = [case for s in shapes for case in (loss_case(s), loss_case(s, sequence=True), _score_case(s))]
+    return made + [_ticket_case(s) for s in shapes if quick or (device != "cpu" and s.vocab == SCORED_VOCAB)]

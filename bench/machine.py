@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-_PACKAGES = {name: name for name in ("torch", "triton", "transformers", "trl")} | {"liger": "liger-kernel"}
+_PACKAGES = {name: name for name in ("triton", "transformers", "trl")} | {"liger": "liger-kernel"}
 _PACKAGES |= {"verl": "verl", "cut-cross-entropy": "cut-cross-entropy"}
 
 
@@ -44,8 +44,8 @@ def _memory_gib() -> float | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions; None = not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Installed versions; None = not installed. Torch's own names its build, which its distribution's may lack."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name, package in _PACKAGES.items():
         try:
             found[name] = importlib.metadata.version(package)

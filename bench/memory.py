@@ -29,6 +29,9 @@ ROOT = Path(__file__).parents[1]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAMPLE_SECONDS = 0.002
 _ATTEMPTS, _PATIENCE = 3, 20.0
+_WORKER_SECONDS = {"cpu": 600.0, "cuda": 90.0}
+"""After which a fresh process hangs, for all that anyone can tell. On a CPU two steps of the slowest provider,
+compiling included, take minutes; a GPU's first call is to take seconds, and its run has a budget."""
 
 
 class Peak:
@@ -102,7 +105,11 @@ def _in_process(case: Case, provider: str, quick: bool, **settings: str) -> dict
     command += ["--quick"] * quick
     # One compile thread: a pool of compilers outlives the call, and would count as somebody else's work.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | settings
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    limit = _WORKER_SECONDS[case.shape.device]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"in a fresh process: no end after {limit:g} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"in a fresh process: {last}")

@@ -70,9 +70,11 @@ def reason_for_failure(row: Row, runs: dict[str, Run]) -> Iterator[None]:
 
 
 def free_memory(row: Row) -> None:
-    """After a failure, typically for want of it."""
+    """After a failure, typically for want of it. After an illegal access every call of the driver fails, this one as
+    well: the row says why already, and must still be written."""
     if row["shape"]["device"] != "cpu":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def named(error: Exception) -> str:

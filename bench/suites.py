@@ -25,17 +25,21 @@ PROVIDERS = (
 
 
 def cases(suite: str, device: str, quick: bool) -> list[Case]:
-    """The cases of one suite, of "all", or those of "targets"."""
+    """The cases of one suite, of "all", or those of "targets"; those that wait come last."""
     if suite == "targets":
-        return _target_cases(device, quick)
-    return [case for name, make in SUITES.items() if suite in (name, "all") for case in make(device, quick)]
+        found = _target_cases(device, quick)
+    else:
+        found = [case for name, make in SUITES.items() if suite in (name, "all") for case in make(device, quick)]
+    return sorted(found, key=lambda case: case.waits)
 
 
 def _target_cases(device: str, quick: bool) -> list[Case]:
     """Only the cases that a target for the device speaks of, only with the providers that it compares. The short ones
     come first, then one case of each target, the one with a first call if any, so that a budget that ends early leaves
-    no target without a figure."""
-    found = [c for c in cases("all", device, quick) if c.target and TARGETS[c.target].device == device]
+    no target without a figure. A GPU's cases that wait are among them: they are for a choice still to be made."""
+    every = cases("all", device, quick)
+    waiting = [c for c in every if c.waits and device != "cpu"]
+    found = [c for c in every if c.target and TARGETS[c.target].device == device]
     found.sort(key=lambda case: not case.first_call)
     seen: Counter[str] = Counter()
     placed = []
@@ -47,7 +51,7 @@ def _target_cases(device: str, quick: bool) -> list[Case]:
         long = case.least_flops is not None
         placed.append((long, seen[case.target] if long else 0, dataclasses.replace(case, providers=chosen)))
         seen[case.target] += 1
-    return [case for *_, case in sorted(placed, key=lambda place: place[:2])]
+    return [case for *_, case in sorted(placed, key=lambda place: place[:2])] + waiting
 
 
 def with_wrong_provider(case: Case) -> Case:

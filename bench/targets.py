@@ -43,10 +43,9 @@ class Target:
     """Of its own Triton kernels in forward; torch's are reported beside them."""
     faster: Mapping[str, float] = field(default_factory=dict)
     """Provider -> how many times as fast, at least: the median over rounds of the ratio."""
-    beside: tuple[str, ...] = ()
-    """Providers without a bound, measured for a choice still to be made."""
     beside_once: tuple[str, ...] = ()
-    """The same, in the case with `first_call` only: each costs as much as fastrl itself."""
+    """Providers without a bound, measured for a choice still to be made, in the case with `first_call` only: each costs
+    as much as fastrl itself."""
     time: float | None = None
     """Times eager's time, at most."""
     memory: float | None = None
@@ -59,7 +58,7 @@ class Target:
     @property
     def providers(self) -> tuple[str, ...]:
         """Whom a run for the targets needs."""
-        every = ("eager", *self.faster, *self.beside, *self.beside_once, self.ours, "fastrl", "floor")
+        every = ("eager", *self.faster, *self.beside_once, self.ours, "fastrl", "floor")
         return tuple(dict.fromkeys(every))
 
     def floor_at(self, hidden: int) -> float | None:
@@ -82,7 +81,6 @@ TARGETS = {
         "GRPO with KL from logits, token level",
         floor=1.2,
         faster={"liger": 1.4},
-        beside=("fastrl-tickets",),
         first_seconds=FIRST_SECONDS,
     ),
     "logits-sequence": Target(

@@ -23,8 +23,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def info() -> dict[str, Any]:
     """What this installation is and would do; plain data for a bug report. `python -m fastrl` prints it.
 
-    Keys: "versions" (None = not installed as a distribution), "location" (the package's folder), "platform", "devices",
-    "environment" (None = not set), "backends" (device and dtype -> name and reason). Nothing is logged.
+    Keys: "versions" (None = not installed as a distribution; torch's names its build, e.g. "+cu130"), "location" (the
+    package's folder), "platform", "devices", "environment" (None = not set), "backends" (device and dtype -> name and
+    reason). Nothing is logged.
     """
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -56,6 +57,8 @@ def _describe(device: torch.device) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # its distribution's may lack the build
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -115,8 +115,8 @@ class _RankedReward(torch.autograd.Function):
 
 def _ranked_reward(scores: Tensor, keep: Tensor | None, *, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, the number of rows it is the mean of, and the derivatives of the rows' losses; some places i at a time."""
-    s = scores.to(wide(scores.dtype))
-    valid = torch.ones_like(s, dtype=torch.bool) if keep is None else keep
+    s = scores.to(wide(scores.dtype)).contiguous()  # a GPU adds up in another order along other strides
+    valid = torch.ones_like(s, dtype=torch.bool) if keep is None else keep.contiguous()
     s = torch.where(valid, s, 0)
     rows, width = s.shape
     count = valid.sum(1, keepdim=True).to(s.dtype)

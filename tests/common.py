@@ -21,7 +21,7 @@ ON_CPU = ("torch",) if torch.cuda.is_available() else ("torch", "triton")  # eng
 
 BACKENDS = [
     pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(("triton", ACCELERATOR), id="triton"),
+    pytest.param(("triton", ACCELERATOR), id="triton", marks=pytest.mark.accelerator),
     pytest.param(("torch", "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
 ]
 

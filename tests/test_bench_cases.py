@@ -14,7 +14,7 @@ from bench.case import Shape
 
 
 def test_every_target_has_a_case_with_its_providers() -> None:
-    cases = [case for device in ("cpu", "cuda") for case in suites.cases("targets", device, quick=False)]
+    cases = [case for device in ("cpu", "cuda") for case in suites.cases("targets", device, quick=False) if case.target]
     once = [case.name for case in cases if "fastrl-overlap" in case.providers]
     assert once == ["hidden-trainable-N4096-H4096-V151936-bf16"]
     assert "fastrl-fp32-logits" in next(c for c in cases if c.name == once[0]).providers
@@ -28,6 +28,17 @@ def test_every_target_has_a_case_with_its_providers() -> None:
         target = targets.TARGETS[case.target]
         assert set(target.faster) <= set(case.providers) <= set(target.providers), case.name
         assert target.floor is None or case.providers["floor"].floor, case.name
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("suite", ["targets", "all", "logits"])
+def test_a_kernel_that_waits_comes_after_all_others(suite: str, quick: bool) -> None:
+    """A hang loses no figure but its own: the rows of every other case are written before."""
+    *others, last = suites.cases(suite, "cuda", quick)
+    assert set(last.providers) == {"eager", "fastrl", "floor", "fastrl-tickets"}
+    assert last.waits and last.target is None and not last.first_call
+    assert not any(case.waits or "fastrl-tickets" in case.providers for case in others)
+    assert not any(case.waits for case in suites.cases(suite, "cpu", quick=False))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

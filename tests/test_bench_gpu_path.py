@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +215,46 @@ def test_a_failing_side_leaves_the_rest(part: str, gpu: Gpu, profiled: list, mon
     sides_of = {"gpu_peak": "peak_mib", "first_call": "first_ms", "of_step": "kernels", "of_forward": "forward_kernels"}
     assert [key for key in sides_of.values() if ours[key] is None] == [sides_of[part]]
     assert "no luck" in report.table([ours]).caption
+
+
+def test_a_broken_device_does_not_lose_the_row(gpu: Gpu, profiled: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every call fails: the one that made it is named, and those after it have rows too."""
+    broken: list[str] = []
+
+    def call(*_: Any) -> None:
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def illegal(_: Inputs) -> Inputs:
+        broken.append("here")
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered, by the culprit")
+
+    case = token_case()
+    culprit = dataclasses.replace(case.providers["fastrl"], load=lambda _: illegal)
+    case = dataclasses.replace(case, providers={"culprit": culprit, **case.providers})
+    monkeypatch.setattr(torch.cuda, "empty_cache", call)
+    monkeypatch.setattr(torch.cuda, "synchronize", call)
+    rows = run(case)
+    assert broken == ["here"] and {row["status"] for row in rows.values()} == {"failed"}
+    assert rows["culprit"]["reason"].endswith("by the culprit") and "illegal" in rows["fastrl"]["reason"]
+
+
+def test_a_fresh_process_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def hang(command: list[str], timeout: float, **_: Any) -> None:
+        waited.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(memory.subprocess, "run", hang)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    case = next(c for c in suites.cases("token", "cuda", quick=True) if c.target == "token")
+    with pytest.raises(RuntimeError, match="no end after 90 s"):
+        memory.first_call(case, "fastrl", quick=True)
+    on_cpu = suites.cases("token", "cpu", quick=True)[0]
+    with pytest.raises(RuntimeError, match="no end after 600 s"):
+        memory.in_fresh_process(on_cpu, "fastrl", quick=True)
+    assert waited == [90.0, 600.0]
 
 
 def test_memory_alone_fails_with_its_reason(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

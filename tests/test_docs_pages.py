@@ -25,6 +25,7 @@ def run(page: str, namespace: dict) -> dict:
 
 def test_transformers(tmp_path, capsys):
     pytest.importorskip("transformers", reason="needs transformers 5.23")
+    pytest.importorskip("accelerate", reason="needs accelerate, which transformers' Trainer takes")
     from hf_cases import arguments, build_model
 
     model = build_model()
@@ -35,6 +36,7 @@ def test_transformers(tmp_path, capsys):
     assert "'clip_fraction'" in capsys.readouterr().out and ran["trainer"].state.global_step == 1
 
 
+@pytest.mark.accelerator
 def test_liger():
     pytest.importorskip("liger_kernel", reason="needs liger-kernel 0.8.5")
     pytest.importorskip("triton", reason="needs triton")
@@ -55,6 +57,7 @@ def test_liger():
     run("liger.md", {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()})
 
 
+@pytest.mark.accelerator
 def test_liger_does_what_its_page_says():
     """In place by default, unbounded exponents, NaN for a masked first tile, another luspo."""
     pytest.importorskip("liger_kernel", reason="needs liger-kernel 0.8.5")

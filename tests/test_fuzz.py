@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from common import ON_CPU, truth_from_logits
 from hypothesis import assume, given, settings
@@ -119,6 +120,7 @@ def test_torch(problem):
     check("torch", problem)
 
 
+@pytest.mark.accelerator
 @settings(max_examples=45)
 @given(problem=problems())
 def test_triton(problem):

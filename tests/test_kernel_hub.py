@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 import build_hub
 import fastrl_kernels
-from common import make_batch
+from common import ACCELERATOR, make_batch
 
 import fastrl
 import kernels as hub
@@ -75,12 +75,13 @@ def backend():
     return "cpu" if not torch.cuda.is_available() else "rocm" if torch.version.hip else "cuda"
 
 
+@pytest.mark.accelerator
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_bits(loaded, monkeypatch):
     """A whole step through the loaded kernels: log-probs, loss, gradient, group advantages."""
 
     def step():
-        batch = make_batch(B=4, T=3, garbage=False)
+        batch = make_batch(B=4, T=3, garbage=False, device=ACCELERATOR)
         logits = batch.logits().float().requires_grad_()
         out = fastrl.policy_loss_from_logits(logits, batch.rollouts, fastrl.GSPO, backend="triton")
         out.loss.backward()

@@ -113,6 +113,7 @@ def test_upstream_gradients_of_any_layout(backend, kind):
     close(got, want, ulps=32)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("count", [1, 3, 100])
 def test_any_number_of_programs_scales_a_gradient(count, monkeypatch):
     """Each element once, whoever takes it; and on a GPU no more programs than run at once."""
@@ -260,6 +261,7 @@ def twins():
             yield pytest.param(spec, id=f"kl-{estimator}-{gradient}-{clamp}")
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("spec", list(twins()))
 def test_device_twins_of_the_registry(spec):
     """The device function gives the specification's value and derivative, for A > 0, A < 0 and A = 0.
@@ -345,6 +347,7 @@ def test_more_programs_than_one_reduction_step(backend, level):
         torch.testing.assert_close(out.metrics[metric].cpu(), truth[metric], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
 @pytest.mark.parametrize("grouping", ["size", "ids"])

@@ -137,6 +137,7 @@ def test_logits_and_hidden(name):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("fraction", [2e-4, 0.1, 0.25, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_clip_cov_draw(fraction, seed):

@@ -97,18 +97,16 @@ def test_lambda_of_its_own_for_returns_and_per_sequence(backend):
 
 @settings(max_examples=25)
 @given(st.data())
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gae_of_any_mask(backend, data):
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("interpreter only")
+    name, device = backend
     B, T = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40))
     r, v, _, bootstrap = make(B, T, seed=data.draw(st.integers(0, 99)))
     m = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T))).view(B, T)
     gamma, lam = (data.draw(st.sampled_from([0.0, 0.3, 0.95, 1.0])) for _ in range(2))
     carry = data.draw(st.booleans())
-    got = fastrl.gae(
-        *dirty(m, r, v), mask=m, gamma=gamma, lam=lam, bootstrap=bootstrap, carry_masked=carry, backend=backend
-    )
+    *tensors, mask, last = (x.to(device) for x in (*dirty(m, r, v), m, bootstrap))
+    got = fastrl.gae(*tensors, mask=mask, gamma=gamma, lam=lam, bootstrap=last, carry_masked=carry, backend=name)
     for x, want in zip(got, gae_by_loop(r, v, m, gamma, lam, bootstrap, carry), strict=True):
         close(x, want, ulps=16)
 

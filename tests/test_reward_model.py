@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from common import BACKENDS, close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrl
 from fastrl import reward_model
@@ -112,6 +113,31 @@ def test_layouts_dtypes_and_empty(backend):
     loss = fastrl.ranked_reward_loss(masked, mask=torch.zeros(2, 3, device=device), backend=name)
     assert loss == 0 and (torch.autograd.grad(loss, masked)[0] == 0).all()
     assert fastrl.ranked_reward_loss(s.cpu().double(), backend="torch").dtype == torch.float64
+
+
+class Summed(TorchDispatchMode):
+    """Whether each tensor that is added up along dimensions is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.sum.dim_IntList:
+            self.contiguous.append(args[0].is_contiguous())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("transposed", ["scores", "mask", "both", "scores without a mask"])
+def test_sums_do_not_depend_on_the_layout(transposed):
+    """A GPU chooses the order of a sum by its strides, so that the bits of a layout would be its own."""
+    s, m = torch.randn(4, 6), torch.rand(4, 6) > 0.3
+    s = s.t().contiguous().t() if transposed != "mask" else s
+    m = m.t().contiguous().t() if transposed in ("mask", "both") else m
+    m = None if "without" in transposed else m
+    with Summed() as sums:
+        fastrl.ranked_reward_loss(s.requires_grad_(), mask=m, backend="torch")
+    assert len(sums.contiguous) >= 4 and all(sums.contiguous)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -42,6 +42,7 @@ def loop(rewards, logps, ref, coef, estimator, clamp):
 
 
 class TestShapedRewards:
+    @pytest.mark.accelerator
     @pytest.mark.parametrize("clamp", [None, 0.75])
     @pytest.mark.parametrize("estimator", list(ESTIMATES))
     @pytest.mark.parametrize("per_token", [True, False])
@@ -93,6 +94,7 @@ class TestShapedRewards:
 
 
 class TestShapedAdvantages:
+    @pytest.mark.accelerator
     @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
     @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 5)])
     def test_against_a_loop(self, shape, gamma):

@@ -119,6 +119,7 @@ def equal(got, want):
         assert torch.equal(a, b)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("V", [17, 100])
 def test_scoring(monkeypatch, small_tiles, V):
     """Log-probs, entropies and their gradients; whatever the schedule, as plain torch within rounding."""
@@ -138,6 +139,7 @@ def test_scoring(monkeypatch, small_tiles, V):
     torch.testing.assert_close(got[1], plain.entropy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("spec", list(SPECS))
 @pytest.mark.parametrize("schedule", ["tiles", "tickets"])
 def test_one_pass_loss(monkeypatch, small_tiles, schedule, spec):
@@ -149,6 +151,7 @@ def test_one_pass_loss(monkeypatch, small_tiles, schedule, spec):
     equal(results(logits, rollouts, SPECS[spec]), want)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("schedule", ["tiles", "tickets"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_pass_loss_in_place(monkeypatch, small_tiles, schedule, dtype):
@@ -180,6 +183,7 @@ def test_tickets_read_each_logit_once(monkeypatch, small_tiles):
     assert cost(by_ticket=False) == (2 * rows - kept + target, rows)
 
 
+@pytest.mark.accelerator
 def test_a_row_alone_and_in_a_batch(monkeypatch, small_tiles):
     """Promise 9 across schedules: few rows go by tiles, many by rows."""
     logits = torch.randn(2, 3, 100, device=ACCELERATOR)

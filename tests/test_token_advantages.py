@@ -138,6 +138,7 @@ class TestOptimalTokenBaseline:
         logps, squared = p.gather(2, token).squeeze(2).log().to(dtype), (p * p).sum(2).to(dtype)
         return logps.masked_fill(~MASK, NAN), squared.masked_fill(~MASK, math.inf)
 
+    @pytest.mark.accelerator
     @pytest.mark.parametrize("keep_tail", [True, False])
     @pytest.mark.parametrize("align", ["position", "token"])
     @pytest.mark.parametrize("weighted", [True, False])

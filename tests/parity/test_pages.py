@@ -27,6 +27,7 @@ def test_verl(capsys):
 
 def test_the_names_of_the_verl_page_are_registered():
     """Every `fastrl_*` of the page is a loss or an estimator, and every one of those is on it."""
+    peers.verl()
     verl_adapter.register()
     named = set(re.findall(r"\bfastrl_\w+", (DOCS / "verl.md").read_text()))
     assert named == {*verl_adapter.POLICY_LOSSES, *verl_adapter.ADVANTAGE_ESTIMATORS}
