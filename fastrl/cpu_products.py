@@ -19,7 +19,7 @@ _SCHEMA = (
 )
 _FEWEST_ROWS = 16  # a remainder of rows is not worth a second library
 _SMALLEST_HEAD = 2**20  # elements; at 2^19 nothing is gained
-_TILE_BYTES = 2**22  # of logits that go through the cache into their buffer: the operator writes into no buffer itself
+_TILE_BYTES = 2**20  # of logits on their way through the cache to their buffer: the operator writes into none itself
 
 
 def usable(x: Tensor, weight: Tensor) -> bool:
