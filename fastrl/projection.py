@@ -253,8 +253,8 @@ def _library_widens(x: Tensor) -> bool:
 
 @functools.cache
 def _library_adds_wide() -> bool:
-    """Whether torch's addmm adds such a product to an fp32 matrix: until 2.9 its `out_dtype` wanted the matrix in half
-    precision (pytorch#154086)."""
+    """Whether torch's addmm adds such a product to an fp32 matrix: at first its `out_dtype` wanted the matrix in half
+    precision (pytorch#154086); 2.11 is the oldest that was seen to take fp32."""
     return torch.__version__ >= "2.11"  # compared as versions, which `TorchVersion` does
 
 
