@@ -8,7 +8,7 @@ import fastrl_kernels as kernels
 import torch
 from torch import Tensor
 
-from fastrl import metrics, torch_backend
+from fastrl import torch_backend
 from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind
@@ -19,8 +19,6 @@ from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
 from fastrl.selection import select
 from fastrl.spec import AdvantageScale, LossSpec
-
-assert kernels.STATISTICS == metrics.STATISTICS, "the kernel's columns and the metrics table differ"
 
 name = "triton"
 fuses_objectives = True

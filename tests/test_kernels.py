@@ -367,3 +367,12 @@ def test_group_advantage_kernel(grouping, baseline, scale):
     got = fastrl_kernels.group_advantages(rewards.to(device), on_device, 4, eps=1e-4, baseline=baseline, scale=scale)
     close(got, want, ulps=64)
     assert torch.equal(got.cpu() == 0, want == 0)
+
+
+def test_the_statistics_of_the_kernel_are_those_of_the_metrics():
+    """The kernels know nothing of `fastrl`: both sides name the columns, in one order."""
+    import fastrl_kernels
+
+    from fastrl.metrics import STATISTICS
+
+    assert fastrl_kernels.STATISTICS == STATISTICS
