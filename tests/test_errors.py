@@ -214,4 +214,4 @@ def test_no_assert_guards_user_input():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Assert)
     ]
-    assert found == ["triton_backend.py:" + found[0].split(":")[1]]  # our own invariant: two tables agree
+    assert found == []
