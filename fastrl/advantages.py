@@ -13,7 +13,8 @@ from torch import Tensor
 from fastrl import _checks
 from fastrl import backend as backends
 from fastrl.dtypes import wide
-from fastrl.flat import Flat, segment_sum
+from fastrl.flat import Flat
+from fastrl.grouping import Grouping, check_groups
 from fastrl.operators import fake, operator
 from fastrl.spec import AdvantageBaseline, AdvantageScale, LossSpec, option
 
@@ -127,8 +128,8 @@ class Groups(NamedTuple):
         return cls(rewards.detach().contiguous(), group_size or 0, ids, lengths, float(eps))
 
     @property
-    def numbered(self) -> Tensor:
-        return group_index(self.rewards, self.group_size, self.group_ids)
+    def grouping(self) -> Grouping:
+        return Grouping.of(self.group_size, self.group_ids)
 
     def cast(self, advantages: Tensor) -> Tensor:
         """float32, or float64 for float64 rewards."""
@@ -157,7 +158,7 @@ def _group_advantages(
         options = {"eps": eps, "baseline": baseline, "scale": scale, "lengths": lengths}
         return kernels.group_advantages(rewards, group_ids, group_size, **options)
     given = Groups(rewards, group_size, group_ids, lengths, eps)
-    advantages = given.cast(normalise(rewards.double(), given.numbered, baseline, scale, eps, lengths))
+    advantages = given.cast(normalise(rewards.double(), given.grouping, baseline, scale, eps, lengths))
     return advantages.clone() if advantages is rewards else advantages  # neither baseline nor scale, in float64
 
 
@@ -166,55 +167,15 @@ def _(rewards: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(rewards, dtype=wide(rewards.dtype))
 
 
-def check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
-    """Raise unless exactly one grouping is given and fits the S rewards, (S,) or (S, ...)."""
-    if (group_size is None) == (group_ids is None):
-        came = "neither" if group_size is None else "both"
-        _checks.refuse("group_size", "exactly one of group_size and group_ids with rewards", came)
-    if group_ids is not None:
-        _checks.integer("group_ids", group_ids)
-        _checks.shape("group_ids", group_ids, tuple(rewards.shape[:1]), "one id per sequence")
-        _checks.same_device("group_ids", group_ids, rewards.device, "rewards")
-        return
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        _checks.refuse("group_size", "a positive int", group_size, error=TypeError)
-    if group_size < 1 or rewards.shape[0] % group_size:
-        _checks.refuse(
-            "group_size",
-            f"a positive divisor of the {rewards.shape[0]} rewards",
-            str(group_size),
-            "pass group_ids for groups of unequal size",
-        )
+def _greatest_of_others(r: Tensor, groups: Grouping) -> Tensor:
+    """(R,) the greatest of the group without the row itself; −inf in a group of one."""
+    greatest = groups.greatest(r)
+    holds = r == greatest
+    alone = holds & (groups.sum(holds.to(r.dtype)) == 1)
+    return torch.where(alone, groups.greatest(r.masked_fill(holds, -torch.inf)), greatest)
 
 
-def group_index(rewards: Tensor, group_size: int, group_ids: Tensor | None) -> Tensor:
-    """(R,) int64 group of each reward, numbered below R, without a host synchronisation (torch.unique has one)."""
-    rows = torch.arange(rewards.shape[0], device=rewards.device)
-    if group_ids is None:
-        return rows // group_size
-    ordered, order = torch.sort(group_ids)
-    starts = torch.zeros_like(rows)
-    starts[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(rows).scatter_(0, order, starts.cumsum(0))
-
-
-def group_extreme(values: Tensor, groups: Tensor, reduce: str) -> Tensor:
-    """(R, ...) the least ("amin") or greatest ("amax") value of each row's group, elementwise."""
-    start = torch.full_like(values, torch.inf if reduce == "amin" else -torch.inf)
-    index = groups.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
-    return start.scatter_reduce(0, index, values, reduce)[groups]
-
-
-def _extreme_of_others(r: Tensor, groups: Tensor, reduce: str) -> Tensor:
-    """(R,) as above over the group without the row itself; ∓inf in a group of one."""
-    extreme = group_extreme(r, groups, reduce)
-    holds = r == extreme
-    alone = holds & (segment_sum(holds.to(r.dtype), groups, r.shape[0])[groups] == 1)
-    rest = group_extreme(r.masked_fill(holds, torch.inf if reduce == "amin" else -torch.inf), groups, reduce)
-    return torch.where(alone, rest, extreme)
-
-
-def _std_of_others(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor) -> Tensor:
+def _std_of_others(r: Tensor, groups: Grouping, n: Tensor, mean: Tensor) -> Tensor:
     """(R,) unbiased std of the group without the row itself, exactly 0 where those rewards are equal.
 
     Σ_{j≠i} (rⱼ − mean_{j≠i})² = Σⱼ dⱼ² − dᵢ²·n/(n−1) with d = r − mean. That difference keeps its digits for every row
@@ -222,17 +183,17 @@ def _std_of_others(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor) -> Tensor
     """
     size, rows = r.shape[0], torch.arange(r.shape[0], device=r.device)
     d = r - mean
-    squares = segment_sum(d * d, groups, size)[groups] - d * d * n / (n - 1).clamp_min(1)
-    far = d.abs() == group_extreme(d.abs(), groups, "amax")
-    far = rows == group_extreme(torch.where(far, rows, size).to(r.dtype), groups, "amin")
-    centre = segment_sum(torch.where(far, mean - d / (n - 1).clamp_min(1), 0), groups, size)[groups]
-    alone = segment_sum(torch.where(far, 0, (r - centre) ** 2), groups, size)[groups]
+    squares = groups.sum(d * d) - d * d * n / (n - 1).clamp_min(1)
+    far = d.abs() == groups.greatest(d.abs())
+    far = rows == groups.least(torch.where(far, rows, size).to(r.dtype))
+    centre = groups.sum(torch.where(far, mean - d / (n - 1).clamp_min(1), 0))
+    alone = groups.sum(torch.where(far, 0, (r - centre) ** 2))
     std = (torch.where(far, alone, squares).clamp_min(0) / (n - 2).clamp_min(1)).sqrt()
-    vary = _extreme_of_others(r, groups, "amin") < _extreme_of_others(r, groups, "amax")
+    vary = -_greatest_of_others(-r, groups) < _greatest_of_others(r, groups)
     return torch.where(vary, std, 0)
 
 
-def _centred(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor, baseline: str, lengths: Tensor | None) -> Tensor:
+def _centred(r: Tensor, groups: Grouping, n: Tensor, mean: Tensor, baseline: str, lengths: Tensor | None) -> Tensor:
     """r − baseline."""
     if baseline == AdvantageBaseline.NONE:
         return r
@@ -240,24 +201,24 @@ def _centred(r: Tensor, groups: Tensor, n: Tensor, mean: Tensor, baseline: str, 
     if baseline == AdvantageBaseline.LEAVE_ONE_OUT:
         return gap * n / (n - 1).clamp_min(1)
     if baseline == AdvantageBaseline.LENGTH_WEIGHTED:
-        weight = segment_sum(lengths.to(r.dtype), groups, r.shape[0])[groups]
-        shift = segment_sum(lengths * gap, groups, r.shape[0])[groups]
+        weight = groups.sum(lengths.to(r.dtype))
+        shift = groups.sum(lengths * gap)
         return torch.where(weight > 0, gap - shift / weight.clamp_min(1e-300), 0)
     if baseline == _BEST_OF_OTHERS:
-        return (r - _extreme_of_others(r, groups, "amax")).clamp_min(0)
+        return (r - _greatest_of_others(r, groups)).clamp_min(0)
     return gap
 
 
 def normalise(
-    r: Tensor, groups: Tensor, baseline: str, scale: str, eps: float, lengths: Tensor | None = None
+    r: Tensor, groups: Grouping, baseline: str, scale: str, eps: float, lengths: Tensor | None = None
 ) -> Tensor:
     """Baseline and scale of (R,) float64 rewards; the variance in two passes."""
     size = r.shape[0]
-    n = segment_sum(torch.ones_like(r), groups, size)[groups]
-    mean = segment_sum(r, groups, size)[groups] / n
+    n = groups.sum(torch.ones_like(r))
+    mean = groups.sum(r) / n
     a = _centred(r, groups, n, mean, baseline, lengths)
     if scale == AdvantageScale.GROUP:
-        squares = segment_sum((r - mean) ** 2, groups, size)[groups]
+        squares = groups.sum((r - mean) ** 2)
         a = a / ((squares / (n - 1).clamp_min(1)).sqrt() + eps)
     elif scale == AdvantageScale.BATCH:
         std = r.var(correction=min(1, max(size - 1, 0))).sqrt() if size else r.sum()
@@ -269,17 +230,12 @@ def normalise(
         a = torch.where(mean <= 0, 0, a / (mean + eps))
     if baseline == AdvantageBaseline.NONE and scale in (AdvantageScale.NONE, AdvantageScale.BATCH):
         return a
-    return torch.where(mean.isnan(), mean, torch.where(varies(r, groups), a, 0))
-
-
-def varies(values: Tensor, groups: Tensor) -> Tensor:
-    """(R, ...) whether the values of a row's group differ, elementwise; NaN counts as different."""
-    return group_extreme(values, groups, "amin") != group_extreme(values, groups, "amax")
+    return torch.where(mean.isnan(), mean, torch.where(groups.varies(r), a, 0))
 
 
 def sequence_advantages(flat: Flat, spec: LossSpec) -> Tensor:
     """(S,) advantages of a batch that came with rewards, by the spec's baseline and scale."""
-    groups = group_index(flat.rewards, flat.group_size, flat.group_ids)
+    groups = Grouping.of(flat.group_size, flat.group_ids)
     every = normalise(flat.rewards.double(), groups, spec.advantage_baseline, spec.advantage_scale, spec.advantage_eps)
     return every[flat.first_sequence : flat.first_sequence + flat.num_sequences]
 

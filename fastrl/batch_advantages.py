@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrl import _checks
 from fastrl import backend as backends
-from fastrl.advantages import Groups, group_advantages, normalise, varies
+from fastrl.advantages import Groups, group_advantages, normalise
 
 _WHITEN = ("batch", "tokens", "none")
 _TOKEN_EPS = 1e-8  # of verl's masked_whiten, under the root
@@ -63,12 +63,10 @@ def gdpo_advantages(
         finish_eps = _TOKEN_EPS if whiten == "tokens" else given.eps
         return _launch(given, weights, scale="group", finish=whiten, finish_eps=finish_eps)
     S, K = given.rewards.shape
-    r, groups = given.rewards.double(), given.numbered
-    # One column of rewards after the other, as groups of their own.
-    every = (groups + S * torch.arange(K, device=r.device)[:, None]).reshape(-1)
-    x = normalise(r.T.reshape(-1), every, "mean", "group", given.eps).view(K, S)
+    r, groups = given.rewards.double(), given.grouping
+    x = normalise(r.T.reshape(-1), groups.repeated(K), "mean", "group", given.eps).view(K, S)
     x = (x if weights is None else x * weights.double()[:, None]).sum(0)
-    return given.cast(torch.where(varies(r, groups).any(1), _standardised(x, whiten, given), 0))
+    return given.cast(torch.where(groups.varies(r).any(1), _standardised(x, whiten, given), 0))
 
 
 def _standardised(x: Tensor, whiten: str, given: Groups) -> Tensor:
@@ -116,8 +114,8 @@ def gpg_advantages(
     if backends.of(rewards, backend) == "triton":
         given = given._replace(rewards=given.rewards[:, None])
         return _launch(given, None, scale="none", finish="signal", factor=1 / f_norm)
-    r, groups = given.rewards.double(), given.numbered
-    count = varies(r, groups).sum().clamp_min(1)
+    r, groups = given.rewards.double(), given.grouping
+    count = groups.varies(r).sum().clamp_min(1)
     return given.cast(normalise(r, groups, "mean", "none", 0.0) * (r.shape[0] / count / f_norm))
 
 

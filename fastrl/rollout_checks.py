@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastrl import _checks
-from fastrl.advantages import check_groups
+from fastrl.grouping import check_groups
 
 if TYPE_CHECKING:
     from fastrl.rollouts import Rollouts

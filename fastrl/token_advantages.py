@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastrl import _checks
-from fastrl.advantages import check_groups, group_advantages, group_extreme, group_index, varies
+from fastrl.advantages import group_advantages
 from fastrl.dtypes import wide
-from fastrl.flat import segment_sum
+from fastrl.grouping import Grouping, check_groups
 from fastrl.returns import discounted_returns
 from fastrl.whitening import whiten
 
@@ -73,7 +73,7 @@ def reinforce_plus_plus_baseline_advantages(
     if mask.ndim != 2 or mask.shape[0] != rewards.shape[0]:
         _checks.refuse("mask", f"shape ({rewards.shape[0]}, T), a row per reward", mask)
     per_token = centred[:, None].expand(mask.shape)
-    informed = varies(rewards.detach(), group_index(rewards, group_size or 0, group_ids))
+    informed = Grouping.of(group_size, group_ids).varies(rewards.detach())
     return torch.where(informed[:, None], whiten(per_token, mask, unbiased=unbiased), 0)
 
 
@@ -165,7 +165,7 @@ def optimal_token_baseline_advantages(
     if rollout_weights is not None:
         energy = energy * rollout_weights.detach().double() ** 2
     path = torch.where(keep, energy, 0).cumsum(1)
-    groups = group_index(rewards, group_size or 0, group_ids)
+    groups = Grouping.of(group_size, group_ids)
     if align == "position":
         advantages = _against_group(returns, path, keep, groups, keep_tail, eps)
     else:
@@ -180,15 +180,15 @@ def optimal_token_baseline_advantages(
     return torch.where(keep, advantages, 0).to(wide(rewards.dtype))
 
 
-def _against_group(returns: Tensor, path: Tensor, keep: Tensor, groups: Tensor, keep_tail: bool, eps: float) -> Tensor:
+def _against_group(
+    returns: Tensor, path: Tensor, keep: Tensor, groups: Grouping, keep_tail: bool, eps: float
+) -> Tensor:
     """(B, T) returns less the baseline of their column; anything where `keep` is False."""
-    size = returns.shape[0]
-    weights = torch.where(keep, path, 0)
-    products = segment_sum(torch.where(keep, returns * path, 0), groups, size)
-    advantages = returns - (products / (segment_sum(weights, groups, size) + eps))[groups]
-    count = segment_sum(keep.double(), groups, size)[groups]
-    low = group_extreme(torch.where(keep, returns, torch.inf), groups, "amin")
-    high = group_extreme(torch.where(keep, returns, -torch.inf), groups, "amax")
+    products = groups.sum(torch.where(keep, returns * path, 0))
+    advantages = returns - products / (groups.sum(torch.where(keep, path, 0)) + eps)
+    count = groups.sum(keep.double())
+    low = groups.least(torch.where(keep, returns, torch.inf))
+    high = groups.greatest(torch.where(keep, returns, -torch.inf))
     differ = (low != high) & (count > 0)
     advantages = torch.where(differ, advantages, 0)
     if keep_tail:
