@@ -17,8 +17,8 @@ def hold(x: Tensor, bound: float | None) -> Tensor:
     """x held to ±bound, zero gradient outside; None = unbounded."""
     if bound is None:
         return x
-    # Not clamp(): its gradient at NaN is 0, which would hide the NaN.
-    return torch.where(x > bound, bound, torch.where(x < -bound, -bound, x))
+    # Not clamp() alone: its gradient at NaN is 0, which would hide the NaN.
+    return torch.where(beyond(x, bound), x.detach().clamp(-bound, bound), x)
 
 
 def beyond(x: Tensor, bound: float | None) -> Tensor:

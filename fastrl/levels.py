@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from fastrl import backend as backends
-from fastrl import reference
 from fastrl.chunking import pieces
 from fastrl.compaction import LiveRows
 from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind, plan
 from fastrl.projection import Chunk, HiddenOptions, Projection
-from fastrl.reference import TokenInputs
 from fastrl.rows import KeptColumns, RowScores, Scoring
 from fastrl.spec import LossSpec
+from fastrl.token_inputs import TokenInputs, token_inputs
 
 
 class LogitsLoss(NamedTuple):
@@ -53,7 +52,7 @@ def logits_loss(
     only, the derivatives per token are returned and the gradient is left to `backend.differentiate`."""
     if dlogits is not None and plan(spec, backend.fuses_objectives).kind in backend.one_pass:
         scores = torch.empty((4, flat.num_tokens), dtype=wide(logits.dtype), device=logits.device)
-        inputs = reference.token_inputs(flat, normalizer, spec, scores.dtype)
+        inputs = token_inputs(flat, normalizer, spec, scores.dtype)
         dlogp = torch.empty_like(scores[0])
         dentropy = torch.empty_like(dlogp) if spec.entropy_coef else None
         rows = RowScores(*scores.unbind(0))
@@ -139,7 +138,7 @@ def hidden_loss(
     `HiddenOptions.rows_per_buffer` in memory."""
     kind = plan(spec, backend.fuses_objectives).kind
     dtype = wide(hidden.dtype)
-    inputs = reference.token_inputs(flat, normalizer, spec, dtype)
+    inputs = token_inputs(flat, normalizer, spec, dtype)
     rows = LiveRows.select(flat, spec, inputs.advantages, kind == PlanKind.SEQUENCES, row_counts)
     longest = max((b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)), default=0)
     project = Projection(hidden, weight, bias, options, rows.total, needs, backend, longest)

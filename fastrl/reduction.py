@@ -56,8 +56,8 @@ def token_weights(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: 
     Σᵢ(Σₜ l)/D, D = sequences with a valid token; seq-mean-token-sum-norm Σᵢ(Σₜ l)/(D·max_length).
     """
     how = weighting(spec)
-    lengths = flat.per_token(flat.lengths) if how.per_sequence_mean else None
-    return _weights(flat.token_ids, flat.mask, lengths, denominator(flat.counts, normalizer, spec), how, dtype)
+    weights = flat.per_token(_weights(flat.lengths, denominator(flat.counts, normalizer, spec), how, dtype))
+    return weights if flat.mask is None else torch.where(flat.mask, weights, 0.0)
 
 
 def entropy_weights(flat: Flat, spec: LossSpec, dtype: torch.dtype) -> Tensor | None:
@@ -72,22 +72,19 @@ def entropy_weights(flat: Flat, spec: LossSpec, dtype: torch.dtype) -> Tensor | 
     lengths = segment_sum(keep.to(dtype), flat.sequence_of_token(), flat.num_sequences)
     counts = torch.stack([lengths.sum(), (lengths > 0).sum().to(dtype)])
     count = None if how.denominator is None else counts[how.denominator].clamp_min(1)
-    return _weights(flat.token_ids, keep, flat.per_token(lengths), count, how, dtype)
+    return torch.where(keep, flat.per_token(_weights(lengths, count, how, dtype)), 0.0)
 
 
 def padded_weights(keep: Tensor, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> Tensor:
     """(B, T) weights as `token_weights`, from a (B, T) bool mask alone."""
     lengths = keep.sum(-1, keepdim=True)
     counts = torch.stack([lengths.sum(), (lengths > 0).sum()])
-    return _weights(keep, keep, lengths, denominator(counts, normalizer, spec), weighting(spec), dtype)
+    return torch.where(keep, _weights(lengths, denominator(counts, normalizer, spec), weighting(spec), dtype), 0.0)
 
 
-def _weights(
-    like: Tensor, mask: Tensor | None, lengths: Tensor | None, count: Tensor | None, how: Weighting, dtype: torch.dtype
-) -> Tensor:
-    weights = torch.full_like(like, how.scale, dtype=dtype)
+def _weights(lengths: Tensor, count: Tensor | None, how: Weighting, dtype: torch.dtype) -> Tensor:
+    """The weight of a valid token of each sequence, in the shape of the lengths."""
+    weights = torch.full_like(lengths, how.scale, dtype=dtype)
     if how.per_sequence_mean:
         weights = weights / lengths.to(dtype).clamp_min(1)
-    if count is not None:
-        weights = weights / count.to(dtype)
-    return weights if mask is None else weights.masked_fill(~mask, 0)
+    return weights if count is None else weights / count.to(dtype)

@@ -7,13 +7,12 @@ kernels. float64 stays float64, everything else is computed in float32. No trito
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl import correction, kl
-from fastrl.advantages import token_advantages
 from fastrl.clamping import beyond, clamp_log_ratio, hold
 from fastrl.correction import Behaviour
 from fastrl.dtypes import wide
@@ -22,63 +21,60 @@ from fastrl.metrics import STATISTICS
 from fastrl.objectives import objective
 from fastrl.options import CorrectionLevel
 from fastrl.ratio import log_ratio
-from fastrl.reduction import entropy_weights, token_weights
 from fastrl.registry import Terms
-from fastrl.selection import select
-from fastrl.spec import KLEstimator, LossSpec
+from fastrl.spec import KLEstimator, LossSpec, RatioLevel
+from fastrl.token_inputs import TokenInputs, expand
 
 
-class TokenInputs(NamedTuple):
-    """Everything of a batch that the loss needs besides log-probs and entropies, one row per token."""
+class Measured(NamedTuple):
+    """What the loss and its statistics share of n tokens, (n,) each.
 
-    valid: Tensor  # (n,) bool
-    advantages: Tensor  # (n,) 0 under the mask
-    weights: Tensor  # (n,) 0 under the mask
-    entropy_weights: Tensor | None  # (n,) 0 under the mask; None = weights
-    old_logps: Tensor | None  # (n,)
-    ref_logps: Tensor | None  # (n,)
-    rollout_logps: Tensor | None  # (n,)
-    policy_weights: Tensor | None  # (n,)
-    selected: Tensor | None  # (n,)
-    sequence: Tensor  # (n,) int64
-    lengths: Tensor  # (S,)
+    Nothing that stood under the mask is left: there a difference is 0, a ratio 1, an advantage 0, so that neither a
+    value nor a gradient of a masked token reaches anything.
+    """
 
-    def take(self, rows: Tensor | slice) -> TokenInputs:
-        """The inputs of some rows; for a sequence-level ratio they must be whole sequences."""
-        per_token: list[Any] = [None if field is None else field[rows] for field in self[:-1]]
-        return TokenInputs._make([*per_token, self.lengths])
-
-
-def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: torch.dtype) -> TokenInputs:
-    """Expand a batch to one row per token."""
-    valid = flat.valid()
-
-    def cast(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(dtype)
-
-    return TokenInputs(
-        valid=valid,
-        advantages=token_advantages(flat, spec, dtype).masked_fill(~valid, 0),
-        weights=token_weights(flat, normalizer, spec, dtype),
-        entropy_weights=entropy_weights(flat, spec, dtype),
-        old_logps=cast(flat.old_logps),
-        ref_logps=cast(flat.ref_logps),
-        rollout_logps=cast(flat.rollout_logps),
-        policy_weights=None if flat.policy_weights is None else cast(flat.policy_weights).masked_fill(~valid, 0),
-        selected=cast(flat.selected),
-        sequence=flat.sequence_of_token(),
-        lengths=flat.lengths,
-    )
+    terms: Terms
+    delta: Tensor  # logp − old
+    unheld: Tensor  # the log-ratio at the spec's level before it is held to ±log_ratio_clamp
+    ratio: Tensor  # at the spec's level, held
+    ref_delta: Tensor | None  # logp − ref
+    ref_kl: Tensor | None  # the spec's estimate, of a loss that has it as a term
 
 
 def _masked(values: Tensor, inputs: TokenInputs) -> Tensor:
-    """0 where the token does not count, so that garbage there reaches neither the value nor the gradient."""
+    """0 where the token does not count."""
     return torch.where(inputs.valid, values, 0.0)
 
 
-def _old(logps: Tensor, inputs: TokenInputs) -> Tensor:
-    """The policy that the ratio is against; the stop-gradient of this one when none was given."""
-    return logps.detach() if inputs.old_logps is None else inputs.old_logps
+def measure(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Measured:
+    """Log-probs against the other policies of the batch. Without old log-probs the ratio is against the stop-gradient
+    of these."""
+    logps = _masked(logps, inputs)
+    old = logps.detach() if inputs.old_logps is None else _masked(inputs.old_logps, inputs)
+    delta = logps - old
+    unheld = _log_ratio(delta, inputs, spec)
+    held = clamp_log_ratio(unheld, spec)
+    terms = Terms(
+        logps=logps,
+        log_ratio=held,
+        advantages=inputs.advantages,
+        old_logps=old,
+        selected=inputs.selected,
+        sequence_log_weight=_sequence_log_weight(delta, old, inputs, spec) if _folds(spec) else None,
+    )
+    ratio = held.exp()
+    ref_delta = None if inputs.ref_logps is None else logps - _masked(inputs.ref_logps, inputs)
+    ref_kl = kl.kl_penalty(ref_delta, ratio, spec) if spec.kl_coef else None
+    return Measured(terms, delta, unheld, ratio, ref_delta, ref_kl)
+
+
+def _log_ratio(delta: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+    """The unheld log-ratio at the spec's level."""
+    if spec.definition is not None and spec.definition.prepare is not None:
+        delta = spec.definition.prepare(delta, inputs.advantages, spec)
+    if spec.ratio_level == RatioLevel.TOKEN:
+        return delta
+    return _masked(log_ratio(delta, inputs.sequence, inputs.lengths, spec), inputs)
 
 
 def _behaviour(old: Tensor, inputs: TokenInputs) -> Behaviour:
@@ -86,39 +82,17 @@ def _behaviour(old: Tensor, inputs: TokenInputs) -> Behaviour:
     return Behaviour(old, sampled, inputs.valid, inputs.sequence, inputs.lengths)
 
 
-def raw_log_ratio(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
-    """The unclamped log-ratio at the spec's level."""
-    delta = _masked(logps - _old(logps, inputs), inputs)
-    if spec.definition is not None and spec.definition.prepare is not None:
-        delta = _masked(spec.definition.prepare(delta, inputs.advantages, spec), inputs)
-    return log_ratio(delta, inputs.sequence, inputs.lengths, spec)
-
-
-def terms(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Terms:
-    """What the objective sees."""
-    old = _old(logps, inputs)
-    log_weight = _sequence_log_weight(logps, old, inputs, spec) if _folds(spec) else None
-    return Terms(
-        logps=_masked(logps, inputs),
-        log_ratio=_masked(clamp_log_ratio(raw_log_ratio(logps, inputs, spec), spec), inputs),
-        advantages=inputs.advantages,
-        old_logps=_masked(old, inputs),
-        selected=inputs.selected,
-        sequence_log_weight=log_weight,
-    )
-
-
-def _sequence_log_weight(logps: Tensor, old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+def _sequence_log_weight(delta: Tensor, old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """(n,) Σ log r + Σ log(rollout weight) of each sequence, every term bounded (TRL 1.16's VESPO)."""
     b = _behaviour(old, inputs)
-    total = b.total(hold(_masked(logps.detach() - old, inputs), spec.log_ratio_clamp))
+    total = b.total(hold(delta.detach(), spec.log_ratio_clamp))
     weights, per_token = inputs.policy_weights, True
     if spec.rollout is not None and spec.rollout.level is not None:
         weights, per_token = correction.importance_weights(b, spec), spec.rollout.level == CorrectionLevel.TOKEN
     if weights is not None:
         logs = weights.log().clamp(math.log(1e-8), 20.0)
         total = total + (b.total(_masked(logs, inputs)) if per_token else logs)
-    return total.to(logps.dtype)
+    return total.to(delta.dtype)
 
 
 def _folds(spec: LossSpec) -> bool:
@@ -133,82 +107,81 @@ def rollout_weights(old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor 
     return correction.policy_weights(_behaviour(old, inputs), spec)
 
 
-def _kept(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
+def _kept(m: Measured, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     """(n,) bool: tokens that neither the rollout correction nor the off-policy mask rejects; None = all."""
-    old = _old(logps, inputs)
+    old = m.terms.old_logps
     weights = rollout_weights(old, inputs, spec)
     kept = None if weights is None or _folds(spec) else weights != 0
     if _folds(spec) and spec.rollout is not None:
         kept = ~correction.rejected(_behaviour(old, inputs), spec)
     if spec.off_policy_threshold is None:
         return kept
-    stays = ~correction.off_policy(logps, inputs.advantages, _behaviour(old, inputs), spec)
+    stays = ~correction.off_policy(m.terms.logps, inputs.advantages, _behaviour(old, inputs), spec)
     return stays if kept is None else kept & stays
 
 
-def policy_weights(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
+def policy_weights(m: Measured, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     """(n,) what multiplies the policy term; None = 1."""
-    kept = _kept(logps, inputs, spec)
-    weights = None if _folds(spec) else rollout_weights(_old(logps, inputs), inputs, spec)
+    kept = _kept(m, inputs, spec)
+    weights = None if _folds(spec) else rollout_weights(m.terms.old_logps, inputs, spec)
     if kept is not None:
-        weights = torch.where(kept, torch.ones_like(logps) if weights is None else weights, 0.0)
+        weights = torch.where(kept, torch.ones_like(m.delta) if weights is None else weights, 0.0)
     if inputs.selected is None or (spec.definition is not None and spec.definition.reads_selected):
         return weights
     return inputs.selected if weights is None else weights * inputs.selected
 
 
-def per_token_loss(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
-    """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL."""
-    t = terms(logps, inputs, spec)
-    weights = policy_weights(logps, inputs, spec)
+def per_token_loss(m: Measured, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+    """(n,) losses: v·ℓ(ratio, A) + kl_coef·KL; 0 under the mask."""
+    t = m.terms
+    weights = policy_weights(m, inputs, spec)
     if weights is None:
-        loss = objective(t, spec)
+        loss = _masked(objective(t, spec), inputs)  # which need not be finite at an advantage of 0
     else:
         # A dropped token may have an infinite ratio or loss: neither its value nor its gradient may meet the 0. A NaN
-        # log-prob stays NaN.
-        drop = weights == 0
+        # log-prob stays NaN. Under the mask a weight may be infinite, that of a sequence.
+        drop = (weights == 0) | ~inputs.valid
         loss = objective(t._replace(log_ratio=torch.where(drop, 0.0, t.log_ratio)), spec)
         loss = torch.where(drop, torch.where(t.logps.isnan(), torch.nan, 0.0), weights * loss)
     if spec.kl_coef:
-        x = _masked(logps - inputs.ref_logps, inputs)
-        loss = loss + spec.kl_coef * kl.kl_penalty(x, t.log_ratio.exp(), spec)
+        loss = loss + spec.kl_coef * m.ref_kl
     return loss
 
 
-def total_loss(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+def total_loss(m: Measured, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """Σₜ wₜ·(v·ℓ + kl_coef·KL − entropy_coef·H)ₜ over the tokens that count, 0-d."""
-    terms = inputs.weights * per_token_loss(logps, inputs, spec)
+    losses = inputs.weights * per_token_loss(m, inputs, spec)
     if spec.entropy_coef:
         weights = inputs.weights if inputs.entropy_weights is None else inputs.entropy_weights
-        terms = terms - weights * spec.entropy_coef * _masked(entropy, inputs)
-    return _masked(terms, inputs).sum()
+        losses = losses - weights * spec.entropy_coef * _masked(entropy, inputs)
+    return losses.sum()
 
 
 @torch.no_grad()
-def statistics(logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
+def statistics(m: Measured, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor:
     """(len(STATISTICS),) sums over the valid tokens, and the two extremes of the ratio."""
-    t = terms(logps, inputs, spec)
-    old = _old(logps, inputs)
-    delta = _masked(logps - old, inputs)
-    ratio = t.log_ratio.exp()
-    clamped = beyond(raw_log_ratio(logps, inputs, spec), spec.log_ratio_clamp)
-    columns = {"ratio": ratio, "ratio_square": ratio * ratio, "approx_kl": -delta}
-    columns["approx_kl_k3"] = kl.k3(clamp_log_ratio(-delta, spec))
+    t, valid = m.terms, inputs.valid
+    ratio = _masked(m.ratio, inputs)
+    own = t.log_ratio if m.unheld is m.delta else clamp_log_ratio(m.delta, spec)
+    columns = {"ratio": ratio, "ratio_square": ratio * ratio, "approx_kl": -m.delta, "approx_kl_k3": kl.k3(-own)}
     columns |= _clip_columns(t, spec)
-    if inputs.ref_logps is not None:
-        x = _masked(logps - inputs.ref_logps, inputs)
-        columns["ref_kl"] = kl.kl_penalty(x, ratio, spec)
+    clamped = beyond(m.unheld, spec.log_ratio_clamp)
+    if m.ref_delta is not None:
+        columns["ref_kl"] = kl.kl_penalty(m.ref_delta, ratio, spec) if m.ref_kl is None else m.ref_kl
         if spec.kl_coef and spec.kl_estimator == KLEstimator.K3:
-            clamped = clamped | beyond(x, spec.log_ratio_clamp)
+            clamped = clamped | beyond(m.ref_delta, spec.log_ratio_clamp)
     columns["clamped"] = clamped
     if entropy is not None:
-        columns["entropy"] = entropy
-    columns |= _rollout_columns(logps, old, inputs, spec)
-    sums = {name: _masked(values.to(logps.dtype), inputs).sum() for name, values in columns.items()}
-    bound = logps.new_full((), torch.inf)
-    sums["ratio_min"] = torch.where(inputs.valid, ratio, torch.inf).amin() if len(ratio) else bound
-    sums["ratio_max"] = torch.where(inputs.valid, ratio, -torch.inf).amax() if len(ratio) else -bound
-    return torch.stack([sums.get(name, logps.new_zeros(())) for name in STATISTICS]).float()
+        columns["entropy"] = _masked(entropy, inputs)
+    columns |= _rollout_columns(m, inputs, spec)
+    sums = {
+        name: ((values & valid) if values.dtype == torch.bool else values).sum(dtype=ratio.dtype)
+        for name, values in columns.items()
+    }
+    bound = ratio.new_full((), torch.inf)
+    sums["ratio_min"] = torch.where(valid, ratio, torch.inf).amin() if len(ratio) else bound
+    sums["ratio_max"] = torch.where(valid, ratio, -torch.inf).amax() if len(ratio) else -bound
+    return torch.stack([sums.get(name, ratio.new_zeros(())) for name in STATISTICS]).float()
 
 
 def _clip_columns(t: Terms, spec: LossSpec) -> dict[str, Tensor]:
@@ -219,17 +192,19 @@ def _clip_columns(t: Terms, spec: LossSpec) -> dict[str, Tensor]:
     return {"clip_low": low, "clip_high": high} | ({} if dual is None else {"dual_clip": dual})
 
 
-def _rollout_columns(logps: Tensor, old: Tensor, inputs: TokenInputs, spec: LossSpec) -> dict[str, Tensor]:
-    """The rollout weights as applied, and the raw ratio squared."""
+def _rollout_columns(m: Measured, inputs: TokenInputs, spec: LossSpec) -> dict[str, Tensor]:
+    """The rollout weights as applied, and the raw ratio squared; the flags are arbitrary under the mask."""
     columns = {}
+    old = m.terms.old_logps
     weights = rollout_weights(old, inputs, spec)
     if inputs.rollout_logps is not None:
-        rho = clamp_log_ratio(_behaviour(old, inputs).log_rho, spec).exp()
+        rho = _masked(clamp_log_ratio(_behaviour(old, inputs).log_rho, spec).exp(), inputs)
         columns["rollout_ratio_square"] = rho * rho
         weights = rho if weights is None else weights
     if weights is not None:
+        weights = _masked(weights, inputs)
         columns |= {"rollout_weight": weights, "rollout_weight_square": weights * weights}
-    kept = _kept(logps, inputs, spec)
+    kept = _kept(m, inputs, spec)
     if kept is not None:
         columns["rejected"] = ~kept
     return columns
@@ -270,19 +245,6 @@ def token_loss(
     `flat` is as `correction.correct_batch` left it.
     """
     logps, entropy, inputs = expand(logps, entropy, flat, normalizer, spec)
-    loss = total_loss(logps, entropy, inputs, spec)
-    return loss, statistics(logps, entropy, inputs, spec)
-
-
-def expand(
-    logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, Tensor | None, TokenInputs]:
-    """Log-probs and entropies in the working dtype, and the batch's token inputs with its picked tokens."""
-    dtype = wide(logps.dtype)
-    logps = logps.to(dtype)
-    entropy = None if entropy is None else entropy.to(dtype)
-    if spec.by_batch:
-        advantages = token_advantages(flat, spec, dtype).masked_fill(~flat.valid(), 0)
-        measured = None if entropy is None else entropy.detach()
-        flat = select(logps.detach(), measured, advantages, flat, spec)
-    return logps, entropy, token_inputs(flat, normalizer, spec, dtype)
+    measured = measure(logps, inputs, spec)
+    loss = total_loss(measured, entropy, inputs, spec)
+    return loss, statistics(measured, entropy, inputs, spec)

@@ -13,6 +13,7 @@ from fastrl.functional import LossOutput
 from fastrl.objectives import vespo_weight
 from fastrl.rollouts import Rollouts
 from fastrl.spec import LossSpec
+from fastrl.token_inputs import expand
 
 
 class TokenMetrics(NamedTuple):
@@ -37,8 +38,8 @@ def token_metrics(out: LossOutput, rollouts: Rollouts, spec: LossSpec) -> TokenM
     """
     flat = inputs.flat(rollouts, spec, out.logps.dtype)
     entropy = None if out.entropy is None else out.entropy.reshape(-1)
-    logps, _, batch = reference.expand(out.logps.reshape(-1), entropy, flat, None, spec)
-    terms, definition = reference.terms(logps, batch, spec), spec.definition
+    logps, _, batch = expand(out.logps.reshape(-1), entropy, flat, None, spec)
+    terms, definition = reference.measure(logps, batch, spec).terms, spec.definition
     low = high = weight = kept = None
 
     def shaped(values: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from fastrl import reference
 from fastrl.dtypes import wide
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind
-from fastrl.reference import TokenInputs
+from fastrl.reference import Measured
 from fastrl.rows import RowScores, Scoring
 from fastrl.spec import LossSpec
+from fastrl.token_inputs import TokenInputs, expand
 
 name = "torch"
 fuses_objectives = False  # B is the specification itself, in torch, between A and C
@@ -234,25 +235,22 @@ def _blocks_like(out: Tensor, logits: Tensor) -> Iterator[Tensor]:
             yield out[b, t : t + stop - start]
 
 
-def _value_and_grad(
+def _derive(
     logps: Tensor, entropy: Tensor | None, inputs: TokenInputs, spec: LossSpec
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Σ w·ℓ and its derivatives, by autograd over the specification."""
-
-    def loss(logps: Tensor, entropy: Tensor | None) -> Tensor:
-        return reference.total_loss(logps, entropy, inputs, spec)
-
-    variables = (logps,) if not spec.entropy_coef or entropy is None else (logps, entropy)
+) -> tuple[Tensor, Tensor, Tensor | None, Measured]:
+    """Σ w·ℓ and its derivatives, by autograd over the specification, and what it was computed from."""
     with _autograd():
-        leaves = [x.detach().requires_grad_() for x in variables]
-        value = loss(leaves[0], leaves[1] if len(leaves) > 1 else entropy)
-        gradients = (
-            torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
-        )
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(variables, gradients, strict=True)]
+        leaves = [logps.detach().requires_grad_()]
+        if spec.entropy_coef and entropy is not None:
+            entropy = entropy.detach().requires_grad_()
+            leaves.append(entropy)
+        measured = reference.measure(leaves[0], inputs, spec)
+        loss = reference.total_loss(measured, entropy, inputs, spec)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    dlogp, *rest = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
     # A NaN log-prob poisons its row also where the objective's own derivative is finite (−A·log π).
-    dlogp = torch.where(logps.isnan() & inputs.valid, torch.nan, filled[0])
-    return value.detach(), dlogp, filled[1] if len(filled) > 1 else None
+    dlogp = torch.where(logps.isnan() & inputs.valid, torch.nan, dlogp)
+    return loss.detach(), dlogp, rest[0] if rest else None, measured
 
 
 @contextlib.contextmanager
@@ -271,20 +269,20 @@ def token_loss(
     logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec, *, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Step B: (loss, statistics, dloss/dlogp, dloss/dentropy); the derivatives are None unless `grad`."""
-    logps, entropy, inputs = reference.expand(logps, entropy, flat, normalizer, spec)
-    statistics = reference.statistics(logps, entropy, inputs, spec)
-    if not grad:
-        loss = reference.total_loss(logps, entropy, inputs, spec)
-        return loss, statistics, None, None
-    loss, dlogp, dentropy = _value_and_grad(logps, entropy, inputs, spec)
-    return loss, statistics, dlogp, dentropy
+    logps, entropy, inputs = expand(logps, entropy, flat, normalizer, spec)
+    if grad:
+        loss, dlogp, dentropy, measured = _derive(logps, entropy, inputs, spec)
+    else:
+        measured, dlogp, dentropy = reference.measure(logps, inputs, spec), None, None
+        loss = reference.total_loss(measured, entropy, inputs, spec)
+    return loss, reference.statistics(measured, entropy, inputs, spec), dlogp, dentropy
 
 
 def coefficients(
     scores: RowScores, inputs: TokenInputs, rows: Tensor | slice, spec: LossSpec, dlogp: Tensor, dentropy: Tensor | None
 ) -> None:
     """Step B for some rows only, whole sequences if the ratio needs them: write their derivatives."""
-    _, c, e = _value_and_grad(scores.logp[rows], scores.entropy[rows], inputs.take(rows), spec)
+    _, c, e, _ = _derive(scores.logp[rows], scores.entropy[rows], inputs.take(rows), spec)
     dlogp[rows] = c
     if dentropy is not None:
         dentropy[rows] = e

@@ -13,12 +13,12 @@ from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind
 from fastrl.reduction import denominator, entropy_weights, weighting
-from fastrl.reference import TokenInputs
 from fastrl.registry import bounds
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
 from fastrl.selection import select
 from fastrl.spec import AdvantageScale, LossSpec
+from fastrl.token_inputs import TokenInputs
 
 name = "triton"
 fuses_objectives = True

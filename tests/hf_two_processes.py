@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import process_group
 import torch
 from hf_cases import assert_same, build_model, build_trainer, logged_rows, trained_gradients, whole_batch
 
@@ -41,8 +42,7 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         tokens = trainer.state.log_history[0]["fastrl/tokens"]
         (folder / "report.json").write_text(json.dumps({"compared": compared, "tokens": tokens}))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from fastrl import reference
 from fastrl.kl import KL_ESTIMATORS
 from fastrl.objectives import OBJECTIVES
 from fastrl.spec import KLEstimator, KLGradient
+from fastrl.token_inputs import expand
 
 # One vocabulary per regime of the kernels: a single token; less than a tile; a prime; exactly a tile of the short
 # configuration; just under, at and over the 4096 columns of the long one; two tiles and an odd tail.
@@ -276,8 +277,8 @@ def test_device_twins_of_the_registry(spec):
         torch.zeros(n, 1, dtype=torch.long), advantages=advantages, old_logps=old, ref_logps=old - 0.3
     )
     leaf = (old + grid[:, None]).double().requires_grad_()
-    rows, _, inputs = reference.expand(leaf.reshape(-1), None, rollouts.flat, None, spec)
-    losses = reference.per_token_loss(rows, inputs, spec)
+    rows, _, inputs = expand(leaf.reshape(-1), None, rollouts.flat, None, spec)
+    losses = reference.per_token_loss(reference.measure(rows, inputs, spec), inputs, spec)
     (want,) = torch.autograd.grad(losses.sum(), leaf)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mine = (old + grid[:, None]).to(device).requires_grad_()

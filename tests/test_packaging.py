@@ -64,8 +64,8 @@ def test_dependencies_point_downwards():
 
     order = [
         "options", "rollout_correction", "registry", "objectives", "spec_checks", "spec", "presets", "_checks", "clamping", "kl", "whitening", "dtypes", "flat",
-        "ratio", "correction", "selection", "reduction", "backend", "operators", "advantages", "batch_advantages", "metrics",
-        "reference", "rollout_checks", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "chunking", "cpu_products", "torch_backend",
+        "ratio", "correction", "selection", "reduction", "backend", "operators", "grouping", "advantages", "batch_advantages", "metrics",
+        "token_inputs", "reference", "rollout_checks", "rollouts", "head_weights", "head_adapters", "head_model", "head", "plan", "rows", "chunking", "cpu_products", "torch_backend",
         "triton_backend", "torch_sparse", "triton_sparse", "projection", "compaction", "levels", "double_backward",
         "ops", "op_gradients", "calls", "autograd",
         "inputs", "functional", "token_metrics", "nn", "scan", "lambda_returns", "returns", "token_advantages", "reward_shaping", "controllers", "critic",

@@ -255,3 +255,43 @@ def test_straight_through_keeps_the_value(backend):
     spec = LossSpec(kl_coef=1.0, kl_estimator="abs", kl_gradient="straight_through", aggregation="token-sum")
     loss, gradient, _ = loss_and_grad(logps, batch, spec, backend)
     assert loss == (logps - ref).abs().sum() and torch.equal(gradient, logps - ref)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_weight_of_a_sequence_under_the_mask(backend):
+    """Its masked token has that weight too, and an advantage of 0: the loss stays what it is without the token."""
+    name, device = backend
+    spec = fastrl.REINFORCE.replace(log_ratio_clamp=None, rollout=RolloutCorrection(level="sequence"))
+    old, behaviour, logps = row(-1.0, -1.0, -1.0), row(-101.0, -1.0, -1.0), row(-1.1, -0.9, -1.0)
+    batch = rollouts(3, torch.tensor([[1, 1, 0]]), device=device, old_logps=old, rollout_logps=behaviour)
+    short = rollouts(2, device=device, old_logps=old[:, :2], rollout_logps=behaviour[:, :2])
+    loss, gradient, _ = loss_and_grad(logps.to(device), batch, spec, name)
+    want, _, _ = loss_and_grad(logps[:, :2].to(device), short, spec, name)
+    assert loss == want == INF
+    assert gradient[0, 2] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_objective_that_is_infinite_at_an_advantage_of_zero(backend):
+    """vespo's weight takes the constants of A >= 0 at a masked token, whose advantage is 0, and overflows there."""
+    name, device = backend
+    spec = fastrl.VESPO.replace(vespo_lambda_positive=100.0)
+    batch = rollouts(2, row(1, 0), -1.0, device, old_logps=row(3.0, -1.0))
+    loss, gradient, _ = loss_and_grad(row(-1.0, -1.0).to(device), batch, spec, name)
+    assert loss.isfinite() and gradient[0, 0] != 0 and gradient[0, 1] == 0
+
+
+def test_an_infinite_advantage_is_seen_in_the_gradient():
+    """Inside the clip range both terms of the minimum are infinite: an infinite gradient, as on the Triton backend."""
+    loss, gradient, _ = loss_and_grad(row(-1.0), rollouts(1, advantages=INF, old_logps=row(-1.0)), LossSpec())
+    assert loss == gradient == -INF
+
+
+def test_the_token_level_asks_nothing_of_its_data():
+    """Under FakeTensorMode a branch on a value raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        logps = torch.randn(2, 3, requires_grad=True)
+        batch = Rollouts(torch.zeros(2, 3, dtype=torch.long), advantages=torch.randn(2), old_logps=torch.randn(2, 3))
+        assert fastrl.policy_loss(logps, batch, fastrl.GRPO, backend="torch").loss.shape == ()

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import fastrl
-from fastrl import reference, torch_backend
+from fastrl import torch_backend
 from fastrl.chunking import pieces, row_stride, rows_per_chunk
+from fastrl.dtypes import wide
 from fastrl.rows import RowScores, Scoring
+from fastrl.token_inputs import token_inputs
 
 B, T, V = 3, 5, 37
 
@@ -40,10 +42,10 @@ def _steps(logits, inplace, temperature, dtype=torch.float32, softcap=0.0):
     old = torch.full((B, T), -3.0)
     rollouts = fastrl.Rollouts(IDS, MASK, torch.tensor([1.0, -2.0, 0.5]), old_logps=old)
     spec = fastrl.GRPO
-    inputs = reference.token_inputs(rollouts.flat, None, spec, reference.wide(dtype))
+    inputs = token_inputs(rollouts.flat, None, spec, wide(dtype))
 
     def buffers():
-        scores = torch.full((4, B * T), torch.nan, dtype=reference.wide(dtype))
+        scores = torch.full((4, B * T), torch.nan, dtype=wide(dtype))
         return RowScores(*scores.unbind(0)), torch.full_like(scores[0], torch.nan)
 
     apart, dlogp = buffers()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import process_group
 import torch
 import trl
 import trl_common
@@ -82,7 +83,7 @@ def main(folder: Path) -> None:
     for tied in (False, True):
         findings[f"fsdp2-tied-{tied}"] = sharded(tied)
     torch.save((findings, results), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    process_group.leave()
 
 
 if __name__ == "__main__":
