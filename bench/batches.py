@@ -8,6 +8,7 @@ import fastrl
 from bench.case import Inputs
 from bench.plain import EPSILON, KL_COEF
 from fastrl import reference
+from fastrl.token_inputs import expand
 
 SPEC = fastrl.GRPO.replace(kl_coef=KL_COEF, epsilon_low=EPSILON, epsilon_high=EPSILON)
 SEQUENCE_SPEC = fastrl.GSPO.replace(kl_coef=KL_COEF, epsilon_low=EPSILON, epsilon_high=EPSILON)
@@ -26,8 +27,10 @@ def rollouts(inputs: Inputs) -> fastrl.Rollouts:
 
 
 def oracle_loss(logps: Tensor, inputs: Inputs, spec: fastrl.LossSpec = SPEC) -> Inputs:
-    """The loss by the reference, in the dtype of the log-probs."""
-    return {"loss": reference.token_loss(logps.flatten(), None, rollouts(inputs).flat, None, spec)[0]}
+    """The loss by the reference, in the dtype of the log-probs, and the ratios that it clips, (B, T)."""
+    rows, _, batch = expand(logps.flatten(), None, rollouts(inputs).flat, None, spec)
+    measured = reference.measure(rows, batch, spec)
+    return {"loss": reference.total_loss(measured, None, batch, spec), "ratio": measured.ratio.view_as(inputs["ids"])}
 
 
 def oracle_from_logits(inputs: Inputs, logits: Tensor, spec: fastrl.LossSpec = SPEC) -> Inputs:
