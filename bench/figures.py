@@ -19,11 +19,13 @@ from bench.rows import steady
 COLUMNS = ("eager", "torch.compile", "torch-native", "trl", "liger", "verl", "cut-cross-entropy", "fastrl")
 LABELS = {
     r"logits-grpo-N(\d+)-V(\d+)-(\w+)": "GRPO with KL from logits, {} x {} {}",
-    r"logits-grpo-tickets-N(\d+)-V(\d+)-(\w+)": "the same, tiles by tickets, {} x {} {}",
+    r"logits-grpo-tickets-N(\d+)-V(\d+)-(\w+)": "GRPO with KL from logits, tiles by tickets, {} x {} {}",
     r"logits-gspo-N(\d+)-V(\d+)-(\w+)": "GSPO with KL from logits, {} x {} {}",
     r"logits-score-N(\d+)-V(\d+)-(\w+)": "log-probs and entropies from logits, {} x {} {}",
     r"hidden-peaked-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, peaked distribution, {} x {} x {} {}",
-    r"hidden-realistic-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, padding and zero advantages, {} x {} x {} {}",
+    r"hidden-realistic-N(\d+)-H(\d+)-V(\d+)-(\w+)": (
+        "GRPO from hidden states, 30 % padding and zero advantages, {} x {} x {} {}"
+    ),
     r"(?:cpu-)?hidden-(\w+)-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, {} head, {} x {} x {} {}",
     r"token-policy-N(\d+)": "loss and metrics from log-probs, {} tokens",
     r"token-advantages-S(\d+)-G(\d+)": "group advantages, {} rewards in groups of {}",
