@@ -24,7 +24,7 @@ LABELS = {
     r"logits-score-N(\d+)-V(\d+)-(\w+)": "log-probs and entropies from logits, {} x {} {}",
     r"hidden-peaked-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, peaked distribution, {} x {} x {} {}",
     r"hidden-realistic-N(\d+)-H(\d+)-V(\d+)-(\w+)": (
-        "GRPO from hidden states, 30 % padding and zero advantages, {} x {} x {} {}"
+        "GRPO from hidden states with padding and zero advantages, {} x {} x {} {}"
     ),
     r"(?:cpu-)?hidden-(\w+)-N(\d+)-H(\d+)-V(\d+)-(\w+)": "GRPO from hidden states, {} head, {} x {} x {} {}",
     r"token-policy-N(\d+)": "loss and metrics from log-probs, {} tokens",
