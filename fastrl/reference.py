@@ -39,6 +39,8 @@ class Measured(NamedTuple):
     ratio: Tensor  # at the spec's level, held
     ref_delta: Tensor | None  # logp − ref
     ref_kl: Tensor | None  # the spec's estimate, of a loss that has it as a term
+    rollout_weights: Tensor | None  # detached, 0 where rejected, arbitrary under the mask; None = all 1
+    kept: Tensor | None  # bool: what neither the rollout correction nor the off-policy mask rejects; None = all
 
 
 def _masked(values: Tensor, inputs: TokenInputs) -> Tensor:
@@ -65,7 +67,8 @@ def measure(logps: Tensor, inputs: TokenInputs, spec: LossSpec) -> Measured:
     ratio = held.exp()
     ref_delta = None if inputs.ref_logps is None else logps - _masked(inputs.ref_logps, inputs)
     ref_kl = kl.kl_penalty(ref_delta, ratio, spec) if spec.kl_coef else None
-    return Measured(terms, delta, unheld, ratio, ref_delta, ref_kl)
+    weights = _rollout_weights(old, inputs, spec)
+    return Measured(terms, delta, unheld, ratio, ref_delta, ref_kl, weights, _kept(terms, weights, inputs, spec))
 
 
 def _log_ratio(delta: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor:
@@ -100,32 +103,27 @@ def _folds(spec: LossSpec) -> bool:
     return spec.definition is not None and spec.definition.weighs_sequences
 
 
-def rollout_weights(old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
-    """(n,) detached rollout weights, 0 where rejected; None = all 1."""
+def _rollout_weights(old: Tensor, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     if spec.rollout is None or spec.rollout.by_batch:
         return inputs.policy_weights
     return correction.policy_weights(_behaviour(old, inputs), spec)
 
 
-def _kept(m: Measured, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
-    """(n,) bool: tokens that neither the rollout correction nor the off-policy mask rejects; None = all."""
-    old = m.terms.old_logps
-    weights = rollout_weights(old, inputs, spec)
+def _kept(t: Terms, weights: Tensor | None, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     kept = None if weights is None or _folds(spec) else weights != 0
     if _folds(spec) and spec.rollout is not None:
-        kept = ~correction.rejected(_behaviour(old, inputs), spec)
+        kept = ~correction.rejected(_behaviour(t.old_logps, inputs), spec)
     if spec.off_policy_threshold is None:
         return kept
-    stays = ~correction.off_policy(m.terms.logps, inputs.advantages, _behaviour(old, inputs), spec)
+    stays = ~correction.off_policy(t.logps, inputs.advantages, _behaviour(t.old_logps, inputs), spec)
     return stays if kept is None else kept & stays
 
 
 def policy_weights(m: Measured, inputs: TokenInputs, spec: LossSpec) -> Tensor | None:
     """(n,) what multiplies the policy term; None = 1."""
-    kept = _kept(m, inputs, spec)
-    weights = None if _folds(spec) else rollout_weights(m.terms.old_logps, inputs, spec)
-    if kept is not None:
-        weights = torch.where(kept, torch.ones_like(m.delta) if weights is None else weights, 0.0)
+    weights = None if _folds(spec) else m.rollout_weights
+    if m.kept is not None:
+        weights = torch.where(m.kept, torch.ones_like(m.delta) if weights is None else weights, 0.0)
     if inputs.selected is None or (spec.definition is not None and spec.definition.reads_selected):
         return weights
     return inputs.selected if weights is None else weights * inputs.selected
@@ -195,18 +193,16 @@ def _clip_columns(t: Terms, spec: LossSpec) -> dict[str, Tensor]:
 def _rollout_columns(m: Measured, inputs: TokenInputs, spec: LossSpec) -> dict[str, Tensor]:
     """The rollout weights as applied, and the raw ratio squared; the flags are arbitrary under the mask."""
     columns = {}
-    old = m.terms.old_logps
-    weights = rollout_weights(old, inputs, spec)
+    weights = m.rollout_weights
     if inputs.rollout_logps is not None:
-        rho = _masked(clamp_log_ratio(_behaviour(old, inputs).log_rho, spec).exp(), inputs)
+        rho = _masked(clamp_log_ratio(_behaviour(m.terms.old_logps, inputs).log_rho, spec).exp(), inputs)
         columns["rollout_ratio_square"] = rho * rho
         weights = rho if weights is None else weights
     if weights is not None:
         weights = _masked(weights, inputs)
         columns |= {"rollout_weight": weights, "rollout_weight_square": weights * weights}
-    kept = _kept(m, inputs, spec)
-    if kept is not None:
-        columns["rejected"] = ~kept
+    if m.kept is not None:
+        columns["rejected"] = ~m.kept
     return columns
 
 

@@ -45,7 +45,7 @@ def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: t
 
     return TokenInputs(
         valid=valid,
-        advantages=torch.where(valid, token_advantages(flat, spec, dtype), 0.0),
+        advantages=_advantages(flat, spec, dtype),
         weights=token_weights(flat, normalizer, spec, dtype),
         entropy_weights=entropy_weights(flat, spec, dtype),
         old_logps=cast(flat.old_logps),
@@ -58,6 +58,19 @@ def token_inputs(flat: Flat, normalizer: Tensor | None, spec: LossSpec, dtype: t
     )
 
 
+def _advantages(flat: Flat, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """(N,) advantages, 0 under the mask."""
+    return torch.where(flat.valid(), token_advantages(flat, spec, dtype), 0.0)
+
+
+def with_selection(logps: Tensor, entropy: Tensor | None, flat: Flat, spec: LossSpec) -> Flat:
+    """The batch with the tokens that the spec picks by these log-probs and entropies, if it picks any."""
+    if not spec.by_batch:
+        return flat
+    measured = None if entropy is None else entropy.detach()
+    return select(logps.detach(), measured, _advantages(flat, spec, wide(logps.dtype)), flat, spec)
+
+
 def expand(
     logps: Tensor, entropy: Tensor | None, flat: Flat, normalizer: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, Tensor | None, TokenInputs]:
@@ -65,8 +78,4 @@ def expand(
     dtype = wide(logps.dtype)
     logps = logps.to(dtype)
     entropy = None if entropy is None else entropy.to(dtype)
-    if spec.by_batch:
-        advantages = token_advantages(flat, spec, dtype).masked_fill(~flat.valid(), 0)
-        measured = None if entropy is None else entropy.detach()
-        flat = select(logps.detach(), measured, advantages, flat, spec)
-    return logps, entropy, token_inputs(flat, normalizer, spec, dtype)
+    return logps, entropy, token_inputs(with_selection(logps, entropy, flat, spec), normalizer, spec, dtype)

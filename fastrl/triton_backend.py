@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from fastrl import torch_backend
-from fastrl.advantages import token_advantages
 from fastrl.flat import Flat
 from fastrl.plan import PlanKind
 from fastrl.reduction import denominator, entropy_weights, weighting
 from fastrl.registry import bounds
 from fastrl.rollout_correction import RolloutCorrection
 from fastrl.rows import RowScores, Scoring
-from fastrl.selection import select
 from fastrl.spec import AdvantageScale, LossSpec
-from fastrl.token_inputs import TokenInputs
+from fastrl.token_inputs import TokenInputs, with_selection
 
 name = "triton"
 fuses_objectives = True
@@ -173,9 +171,7 @@ def token_loss(
     """Step B. A custom objective is the user's torch code: there it runs the specification."""
     if spec.is_custom:
         return torch_backend.token_loss(logps, entropy, flat, normalizer, spec, grad=grad)
-    if spec.by_batch:
-        advantages = token_advantages(flat, spec, torch.float32).masked_fill(~flat.valid(), 0)
-        flat = select(logps, entropy, advantages, flat, spec)
+    flat = with_selection(logps, entropy, flat, spec)
     dlogp = torch.empty_like(logps, dtype=torch.float32) if grad else None
     dentropy = torch.empty_like(dlogp) if grad and spec.entropy_coef else None
     loss, statistics = _launch_policy(logps, entropy, flat, normalizer, spec, dlogp=dlogp, dentropy=dentropy)

@@ -281,9 +281,12 @@ def test_an_objective_that_is_infinite_at_an_advantage_of_zero(backend):
     assert loss.isfinite() and gradient[0, 0] != 0 and gradient[0, 1] == 0
 
 
-def test_an_infinite_advantage_is_seen_in_the_gradient():
-    """Inside the clip range both terms of the minimum are infinite: an infinite gradient, as on the Triton backend."""
-    loss, gradient, _ = loss_and_grad(row(-1.0), rollouts(1, advantages=INF, old_logps=row(-1.0)), LossSpec())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_advantage_is_seen_in_the_gradient(backend):
+    """Inside the clip range both terms of the minimum are infinite: an infinite gradient, not NaN."""
+    name, device = backend
+    batch = rollouts(1, advantages=INF, device=device, old_logps=row(-1.0))
+    loss, gradient, _ = loss_and_grad(row(-1.0).to(device), batch, LossSpec(), name)
     assert loss == gradient == -INF
 
 
